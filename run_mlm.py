@@ -1,0 +1,1153 @@
+#!/usr/bin/env python
+"""Train a masked language model on your own text with PyTorch and the Transformers `Trainer`.
+
+Fine-tune a BERT-like model, or train one from scratch:
+
+    python run_mlm.py --model_name_or_path bert-base-uncased --train_file my.txt --do_train --do_eval --output_dir out
+    python run_mlm.py configs/quickstart.json --learning_rate 1e-3
+
+`run_mlm_flax.py` is the same program on JAX: the same flags, masks, batches and result files.
+
+What to change where: the loss or the optimizer in `MaskedLMTrainer`, the masking rule in `mask_tokens`, how text
+becomes rows of token ids in `TextEncoder`. Sections 3 to 5 hold no PyTorch and are byte-identical in both scripts.
+
+Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size.
+"""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Imports and constants
+# ---------------------------------------------------------------------------------------------------------------------
+import contextlib
+import difflib
+import functools
+import glob
+import inspect
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Optional
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+import transformers
+from torch.nn.functional import cross_entropy
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    set_seed,
+)
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import check_min_version
+from transformers.utils.versions import require_version
+
+# The oldest releases that the tests run on.
+check_min_version("4.57.6")
+require_version("datasets>=5.0.1", "To fix: pip install -r requirements.txt")
+
+logger = logging.getLogger("run_mlm")
+
+MODEL_TYPES = tuple(sorted(config.model_type for config in MODEL_FOR_MASKED_LM_MAPPING))
+LINE_BY_LINE_DEFAULT = False  # The documented default of this script: texts are joined and cut into full rows.
+FILE_FORMATS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits are usually "no limit", and attention is quadratic.
+IGNORED_LABEL = -100
+EVAL_EPOCH = 2**63  # No training epoch: evaluation draws its own masks, the same ones every time.
+LENGTH_WINDOW = 50  # Batches sorted by length together: enough for like lengths, few enough to stay random.
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+class UserError(ValueError):
+    """A mistake in the flags or the input files: reported in one line, exit status 2."""
+
+
+@dataclass
+class ModelArguments:
+    """Which model, configuration and tokenizer, and where from."""
+
+    model_name_or_path: Optional[str] = HfArg(
+        default=None, help="Model to start from: a hub name or a folder. Leave out to train from scratch."
+    )
+    model_type: Optional[str] = HfArg(
+        default=None, help="Architecture to train from scratch: " + ", ".join(MODEL_TYPES) + "."
+    )
+    config_name: Optional[str] = HfArg(
+        default=None, help="Configuration name or folder, if not that of model_name_or_path."
+    )
+    config_overrides: Optional[str] = HfArg(
+        default=None, help="Changes to the configuration of a new model: num_hidden_layers=2,hidden_size=128"
+    )
+    tokenizer_name: Optional[str] = HfArg(
+        default=None, help="Tokenizer name or folder, if not that of model_name_or_path."
+    )
+    cache_dir: Optional[str] = HfArg(default=None, help="Where downloaded models and prepared data sets are kept.")
+    use_fast_tokenizer: bool = HfArg(default=True, help="Use the fast (Rust) tokenizer where there is one.")
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model on the hub.")
+    token: Optional[str] = HfArg(default=None, repr=False, help="Hub token, for private models and data sets.")
+    use_auth_token: bool = HfArg(default=False, help="Use the hub token stored by `hf auth login`.")
+    dropout_rate: Optional[float] = HfArg(
+        default=None, help="Every dropout probability of the model (default: as its configuration says)."
+    )
+    dense_head: bool = HfArg(
+        default=False, help="Compute the vocabulary logits at every position, not only where masked."
+    )
+
+    @property
+    def hub_options(self):
+        """Keyword arguments that every hub download takes."""
+        return {"cache_dir": self.cache_dir, "token": self.token or (True if self.use_auth_token else None)}
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which text, and how it becomes rows of token ids."""
+
+    dataset_name: Optional[str] = HfArg(default=None, help="Data set: a hub name or a folder.")
+    dataset_config_name: Optional[str] = HfArg(default=None, help="Configuration of the data set.")
+    train_file: Optional[str] = HfArg(
+        default=None, help="Training text: " + ", ".join(FILE_FORMATS) + "; a glob names several files."
+    )
+    validation_file: Optional[str] = HfArg(default=None, help="Validation text, in the same formats.")
+    train_ref_file: Optional[str] = HfArg(
+        default=None,
+        help="Word references of train_file (Chinese whole-word masking, line by line): line i is a JSON list "
+        "of the token positions, [CLS] counted, that continue the word before them.",
+    )
+    validation_ref_file: Optional[str] = HfArg(
+        default=None, help="Word references of validation_file, in the same format."
+    )
+    text_column_name: Optional[str] = HfArg(
+        default=None, help="Column that holds the text (default: `text`, or else the first column)."
+    )
+    overwrite_cache: bool = HfArg(default=False, help="Tokenize again even if a cached result exists.")
+    validation_split_percentage: Optional[int] = HfArg(
+        default=5, help="Share of the training data used for validation when there is no other, in percent."
+    )
+    max_seq_length: Optional[int] = HfArg(
+        default=None, help="Tokens per sample (default: what tokenizer and model allow, at most 1024)."
+    )
+    preprocessing_num_workers: Optional[int] = HfArg(
+        default=None, help="Processes that tokenize (default: one process, all cores)."
+    )
+    mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
+    line_by_line: bool = HfArg(
+        default=LINE_BY_LINE_DEFAULT,
+        help="Each text is a sample of its own (true), or texts are joined and cut into rows (false).",
+    )
+    pad_to_max_length: bool = HfArg(
+        default=False, help="Pad every batch to max_seq_length (default: to its longest sample)."
+    )
+    max_train_samples: Optional[int] = HfArg(default=None, help="Train on the first so many samples only.")
+    max_val_samples: Optional[int] = HfArg(
+        default=None, help="Evaluate on the first so many samples only.", aliases=["--max_eval_samples"]
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """Arguments of the `Trainer`, with the short batch-size names of the Flax script."""
+
+    output_dir: Optional[str] = HfArg(default=None, help="Where the model, checkpoints, results and logs are written.")
+    per_device_train_batch_size: int = HfArg(
+        default=8, help="Training batch of one device.", aliases=["--train_batch_size"]
+    )
+    per_device_eval_batch_size: int = HfArg(
+        default=8, help="Evaluation batch of one device.", aliases=["--eval_batch_size"]
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        # Rows carry the keys of their masks beside the token ids: no column here is unused.
+        self.remove_unused_columns = False
+        self.dataloader_pin_memory &= torch.accelerator.is_available()
+
+
+class ArgumentParser(HfArgumentParser):
+    """An `HfArgumentParser` that raises `UserError` instead of printing its usage."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def build_parser():
+    """Return the parser of the three argument groups; flags cannot be abbreviated."""
+    groups = (ModelArguments, DataTrainingArguments, TrainingArguments)
+    return ArgumentParser(groups, allow_abbrev=False, description=__doc__.splitlines()[0])
+
+
+def read_json_config(path):
+    """Return the flags that a JSON object of settings stands for; `null` leaves a setting at its default.
+
+    Raises `UserError` for a file that cannot be read, is not an object, or names a key twice.
+    """
+
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"{path}: the key {key!r} occurs twice; keep one")
+        return dict(pairs)
+
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            settings = json.load(file, object_pairs_hook=unique)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a JSON file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; mend the JSON") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: holds a JSON {type(settings).__name__}; it must be an object of settings")
+    flags = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return flags
+
+
+def parse_args(argv=None):
+    """Return (ModelArguments, DataTrainingArguments, TrainingArguments) from flags, a JSON file, or a file then flags.
+
+    `argv` is a list of strings (default: the command line). Raises `UserError` for anything not understood.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    if argv and argv[0].endswith(".json"):
+        argv = read_json_config(argv[0]) + argv[1:]
+    try:
+        *groups, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if unknown:
+        raise UserError(unknown_argument_message(unknown[0]))
+    check_args(*groups)
+    return tuple(groups)
+
+
+def unknown_argument_message(argument):
+    """Return the error line for an argument that no group has, with the closest name that one has."""
+    name = argument.lstrip("-").split("=")[0]
+    known = [
+        item.name for group in (ModelArguments, DataTrainingArguments, TrainingArguments) for item in fields(group)
+    ]
+    closest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {closest[0]}?" if closest else "--help lists all flags"
+    return (
+        f"{name} is not an argument of this script; {hint}"
+        if argument.startswith("-")
+        else (f"{argument!r} was not expected here: every value follows a --flag; {hint}")
+    )
+
+
+def check_args(model_args, data_args, training_args):
+    """Raise `UserError` for settings that no run can work with, before anything is loaded."""
+    if not training_args.output_dir:
+        raise UserError("--output_dir is missing: name the folder for the results")
+    if not (model_args.model_name_or_path or model_args.model_type or model_args.config_name):
+        raise UserError("no model: give --model_name_or_path, or --model_type or --config_name to train from scratch")
+    if not (model_args.model_name_or_path or model_args.tokenizer_name):
+        raise UserError("no tokenizer: a new model needs --tokenizer_name")
+    if model_args.model_name_or_path and model_args.config_overrides:
+        raise UserError("--config_overrides is for new models; leave it out together with --model_name_or_path")
+    if model_args.model_type and model_args.model_type not in MODEL_TYPES:
+        closest = difflib.get_close_matches(model_args.model_type, MODEL_TYPES, n=3) or MODEL_TYPES
+        raise UserError(f"--model_type {model_args.model_type} is unknown here; known: {', '.join(closest)}")
+    if not (data_args.dataset_name or data_args.train_file or data_args.validation_file):
+        raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
+    if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
+        raise UserError("--do_train needs --train_file or --dataset_name")
+    if not 0 < data_args.mlm_probability <= 1:
+        raise UserError(f"--mlm_probability {data_args.mlm_probability} must be above 0 and at most 1")
+    if data_args.validation_split_percentage is None or not 1 <= data_args.validation_split_percentage <= 99:
+        raise UserError(f"--validation_split_percentage {data_args.validation_split_percentage} must be from 1 to 99")
+    for text, reference in (("train_file", "train_ref_file"), ("validation_file", "validation_ref_file")):
+        if getattr(data_args, reference) and not (getattr(data_args, text) and data_args.line_by_line):
+            raise UserError(f"--{reference} goes with --{text} and --line_by_line true")
+
+
+def exit_on_user_error(main):
+    """Decorate `main` to print a `UserError` as one line on stderr and exit with status 2 (MLM_DEBUG=1: traceback)."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            if os.environ.get("MLM_DEBUG") == "1":
+                raise
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapped
+
+
+def prepare_output_dir(training_args):
+    """Return the checkpoint folder to resume from, or None; the log says which.
+
+    Raises `UserError` when training would write over results that are not a checkpoint's, unless told to.
+    """
+    folder = training_args.output_dir
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"--output_dir {folder} is a file; name a folder")
+    if not training_args.do_train:
+        return None
+    if training_args.resume_from_checkpoint:
+        return training_args.resume_from_checkpoint
+    if training_args.overwrite_output_dir or not os.path.isdir(folder) or not os.listdir(folder):
+        return None
+    checkpoint = get_last_checkpoint(folder)
+    if checkpoint is None:
+        raise UserError(
+            f"--output_dir {folder} is not empty and holds no checkpoint; name another folder, "
+            "or write over it with --overwrite_output_dir"
+        )
+    logger.info(f"Resuming from {checkpoint}; --overwrite_output_dir or another --output_dir starts anew.")
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Data
+# ---------------------------------------------------------------------------------------------------------------------
+def load_raw_datasets(model_args, data_args):
+    """Return {"train": Dataset, "validation": Dataset} of raw text, or the one of them that there is.
+
+    Where there is no validation data, it is the first `validation_split_percentage` percent of the training data.
+    Raises `UserError` for files that do not exist or have no known format.
+    """
+    if data_args.dataset_name:
+        raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **model_args.hub_options)
+    else:
+        named = {"train": data_args.train_file, "validation": data_args.validation_file}
+        files = {split: sorted(glob.glob(name)) for split, name in named.items() if name}
+        formats = {split: file_format(named[split], files[split]) for split in files}
+        raw = {
+            split: datasets.load_dataset(
+                formats[split], data_files={split: files[split]}, split=split, **model_args.hub_options
+            )
+            for split in files
+        }
+    raw = {split: raw[split] for split in ("train", "validation") if split in raw}
+    for split, references in (("train", data_args.train_ref_file), ("validation", data_args.validation_ref_file)):
+        if references:
+            raw[split] = add_word_references(raw[split], references)
+    if "train" in raw and "validation" not in raw:
+        first = round(len(raw["train"]) * data_args.validation_split_percentage / 100)
+        raw["validation"] = raw["train"].select(range(first))
+        raw["train"] = raw["train"].select(range(first, len(raw["train"])))
+    if not raw:
+        raise UserError(f"--dataset_name {data_args.dataset_name} has neither a train nor a validation split")
+    return raw
+
+
+def file_format(name, files):
+    """Return the `datasets` loader for the files that `name` matched; raises `UserError` where there is none."""
+    if not files:
+        raise UserError(f"{name}: no such file")
+    extensions = {os.path.splitext(file)[1].lstrip(".").lower() for file in files}
+    unknown = extensions - FILE_FORMATS.keys()
+    if unknown:
+        raise UserError(
+            f"{name}: the extension {'.'.join(['', *sorted(unknown)])} is not one of {', '.join(FILE_FORMATS)}"
+        )
+    if len({FILE_FORMATS[extension] for extension in extensions}) > 1:
+        raise UserError(f"{name}: matches files of several formats ({', '.join(sorted(extensions))}); name one format")
+    return FILE_FORMATS[extensions.pop()]
+
+
+def add_word_references(dataset, path):
+    """Return the data set with a column `continues_word`: of each line, the token positions that continue a word.
+
+    Line i of the file is a JSON list for line i of the text, blank lines included.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        lines = file.read().splitlines()
+    if len(lines) != len(dataset):
+        raise UserError(f"{path} has {len(lines)} lines, its text {len(dataset)}; write one reference line a text line")
+    references = []
+    for number, line in enumerate(lines, 1):
+        try:
+            positions = json.loads(line or "[]")
+            references.append(pa.scalar(positions, pa.list_(pa.int32())))
+        except (ValueError, TypeError, pa.ArrowException):
+            raise UserError(f"{path}, line {number}: {line[:40]!r} is not a JSON list of positions") from None
+    return dataset.add_column("continues_word", pa.array(references, pa.list_(pa.int32())))
+
+
+def choose_max_seq_length(data_args, tokenizer, config):
+    """Return the number of tokens per sample: what was asked for, as far as tokenizer and model go."""
+    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet"):
+        positions -= config.pad_token_id + 1  # These count positions from behind the padding id.
+    limit = min(tokenizer.model_max_length, positions)
+    if data_args.max_seq_length is None:
+        if limit > MAX_DEFAULT_LENGTH:
+            logger.warning(f"max_seq_length is {MAX_DEFAULT_LENGTH}; the model takes more: see --max_seq_length.")
+        return min(limit, MAX_DEFAULT_LENGTH)
+    if data_args.max_seq_length > limit:
+        logger.warning(
+            f"--max_seq_length {data_args.max_seq_length} is clipped to the model's limit of {limit} tokens."
+        )
+    return min(data_args.max_seq_length, limit)
+
+
+def group_texts(token_ids, max_seq_length):
+    """Cut a stream of tokens into full rows: (int32 [N, max_seq_length], the rest: int32 [< max_seq_length])."""
+    full = len(token_ids) - len(token_ids) % max_seq_length
+    return token_ids[:full].reshape(-1, max_seq_length), token_ids[full:]
+
+
+class TextEncoder:
+    """Turn batches of text into rows of token ids, as the function of an Arrow-formatted `datasets.map`.
+
+    Line by line, a text is a row (`input_ids: list<int32>`), truncated, blank texts left out. Otherwise all texts are
+    joined into rows of `max_seq_length` (`input_ids: fixed_size_list<int32>`); what a batch leaves over begins the
+    next one, so a pass drops less than one row.
+    """
+
+    def __init__(self, tokenizer, text_column, line_by_line, max_seq_length):
+        self.tokenizer = tokenizer
+        self.text_column = text_column
+        self.line_by_line = line_by_line
+        self.max_seq_length = max_seq_length
+        self.left_over = np.empty(0, np.int32)
+
+    def __call__(self, table):
+        """Return the table of rows for a table of texts."""
+        texts = table[self.text_column].to_pylist()
+        if not self.line_by_line:
+            tokens = self.encode(texts).flatten().to_numpy()
+            rows, self.left_over = group_texts(np.concatenate([self.left_over, tokens]), self.max_seq_length)
+            return pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(rows.ravel(), self.max_seq_length)})
+        kept = [i for i, text in enumerate(texts) if text and not text.isspace()]
+        input_ids = self.encode([texts[i] for i in kept])
+        if "continues_word" not in table.column_names:
+            return pa.table({"input_ids": input_ids})
+        positions = table["continues_word"].take(pa.array(kept, pa.int64())).to_pylist()
+        flags = [word_flags(row, len(ids)) for row, ids in zip(positions, input_ids)]
+        return pa.table({"input_ids": input_ids, "continues_word": pa.array(flags, pa.list_(pa.bool_()))})
+
+    def encode(self, texts):
+        """Return the token ids of the texts, special tokens included, as an Arrow list<int32> array."""
+        if self.tokenizer.is_fast:
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_padding()
+            if self.line_by_line:
+                backend.enable_truncation(self.max_seq_length)
+            else:
+                backend.no_truncation()
+            token_ids = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+        elif self.line_by_line:
+            token_ids = self.tokenizer(texts, truncation=True, max_length=self.max_seq_length)["input_ids"]
+        else:
+            token_ids = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+        return pa.array(token_ids, pa.list_(pa.int32()))
+
+
+def word_flags(positions, length):
+    """Return bool [length], true at the given token positions as far as truncation left them."""
+    flags = np.zeros(length, bool)
+    flags[[position for position in positions if position < length]] = True
+    return flags
+
+
+def find_text_column(dataset, wanted):
+    """Return the name of the text column; raises `UserError` when it is not there or holds no text."""
+    names = [name for name in dataset.column_names if name != "continues_word"]
+    column = wanted or ("text" if "text" in names else names[0])
+    if column not in names:
+        raise UserError(f"--text_column_name {column} is not a column of the data; there are: {', '.join(names)}")
+    kind = dataset.features[column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        raise UserError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
+    return column
+
+
+def tokenizer_identity(tokenizer):
+    """Return what decides which ids a tokenizer gives, whatever it was last used for."""
+    if not tokenizer.is_fast:
+        return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer.backend_tokenizer.to_str()
+
+
+def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length):
+    """Return {split: TokenizedDataset}; each split is encoded once and read from the `datasets` cache after that.
+
+    The cache key is made of the text, the tokenizer, the mode and the code here, so that both scripts share it.
+    """
+    tokenized = {}
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_val_samples}
+    for split, raw in raw_datasets.items():
+        column = find_text_column(raw, data_args.text_column_name)
+        encoder = TextEncoder(tokenizer, column, data_args.line_by_line, max_seq_length)
+        recipe = [tokenizer_identity(tokenizer), column, data_args.line_by_line, max_seq_length]
+        code = [inspect.getsource(part) for part in (TextEncoder, group_texts, word_flags)]
+        dataset = raw.with_format("arrow").map(
+            encoder,
+            batched=True,
+            remove_columns=raw.column_names,
+            num_proc=data_args.preprocessing_num_workers,
+            load_from_cache_file=not data_args.overwrite_cache,
+            new_fingerprint=datasets.fingerprint.Hasher.hash([raw._fingerprint, recipe, code]),
+            writer_batch_size=10_000,
+            desc=f"Tokenizing the {split} texts",
+        )
+        tokenizer_identity(tokenizer)  # Leaves no truncation behind to be saved with the tokenizer.
+        if limits[split] is not None:
+            dataset = dataset.select(range(min(limits[split], len(dataset))))
+        tokenized[split] = TokenizedDataset(dataset, frozen_masks=split == "validation")
+    return tokenized
+
+
+class TokenizedDataset:
+    """Rows of token ids read straight from a memory-mapped Arrow table, each with the key of its masks.
+
+    A sample is asked for by `epoch * len(self) + index`, so that whoever collates it, in whichever process, knows
+    the epoch. With `frozen_masks` the epoch is a constant: evaluation sees the same masks every time.
+    """
+
+    def __init__(self, dataset, frozen_masks=False):
+        self.dataset = dataset
+        self.frozen_masks = frozen_masks
+        self.columns = {name: row_views(dataset.data.column(name)) for name in dataset.column_names}
+        chunk_lengths = [len(chunk) for chunk in dataset.data.column("input_ids").chunks]
+        self.chunk_starts = np.cumsum([0, *chunk_lengths])[:-1]
+
+    def __reduce__(self):
+        # Workers map the file themselves instead of receiving a copy of it.
+        return TokenizedDataset, (self.dataset, self.frozen_masks)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        """Return {"input_ids": int32 [L], "epoch", "index"}, and "continues_word": bool [L] where there is one."""
+        epoch, index = divmod(int(key), len(self))
+        chunk = int(np.searchsorted(self.chunk_starts, index, side="right")) - 1
+        row = index - int(self.chunk_starts[chunk])
+        sample = {"epoch": EVAL_EPOCH if self.frozen_masks else epoch, "index": index}
+        for name, views in self.columns.items():
+            values, offsets = views[chunk]
+            sample[name] = values[offsets[row] : offsets[row + 1]]
+        return sample
+
+    @functools.cached_property
+    def lengths(self):
+        """Tokens of each sample: int64 [N]."""
+        return np.concatenate([np.diff(offsets) for _, offsets in self.columns["input_ids"]] or [np.empty(0, np.int64)])
+
+    @property
+    def num_tokens(self):
+        """Tokens of all samples together."""
+        return int(sum(offsets[-1] - offsets[0] for _, offsets in self.columns["input_ids"]))
+
+
+def row_views(column):
+    """Return per chunk of an Arrow list column (values: [tokens], offsets: [rows + 1]), without copying the values."""
+    views = []
+    for chunk in column.chunks:
+        if pa.types.is_fixed_size_list(chunk.type):
+            offsets = np.arange(len(chunk) + 1) * chunk.type.list_size
+            values = chunk.flatten()
+        else:
+            offsets = chunk.offsets.to_numpy()
+            values = chunk.values
+        views.append((values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type)), offsets))
+    return views
+
+
+def group_by_length(order, lengths, batch_size):
+    """Sort an epoch's order by length within windows of some batches, so that a batch holds samples of like lengths."""
+    window = LENGTH_WINDOW * batch_size
+    return np.concatenate(
+        [part[np.argsort(-lengths[part], kind="stable")] for part in np.split(order, range(window, len(order), window))]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Masking
+# ---------------------------------------------------------------------------------------------------------------------
+def sample_generator(seed, epoch, index):
+    """Return the random generator that belongs to one sample in one epoch, wherever and whenever it is asked for."""
+    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, epoch]))
+
+
+def mask_tokens(
+    input_ids,
+    special_tokens_mask,
+    generator,
+    mask_token_id,
+    vocab_size,
+    mlm_probability=0.15,
+    mask_replace_prob=0.8,
+    random_replace_prob=0.1,
+    continues_word=None,
+):
+    """Choose the tokens to predict and hide most of them (BERT, Devlin et al. 2019, section 3.1).
+
+    Of one sample, `input_ids: int32 [L]` and `special_tokens_mask: bool [L]` (never chosen), returns
+    (inputs: int32 [L], labels: int32 [L], -100 where not chosen). A chosen token becomes the mask token, a random one,
+    or stays. With `continues_word: bool [L]`, words are chosen as a whole. Draws from `generator` only.
+    """
+    length = len(input_ids)
+    chosen = generator.binomial(1, mlm_probability, length).astype(bool)
+    if continues_word is not None:
+        chosen = chosen[np.maximum.accumulate(np.where(continues_word, 0, np.arange(length)))]
+    chosen &= ~special_tokens_mask
+    draw = generator.random(length)
+    random_ids = generator.integers(vocab_size, size=length, dtype=np.int32)
+    labels = np.where(chosen, input_ids, IGNORED_LABEL)
+    replaced = chosen & (draw < mask_replace_prob)
+    randomized = chosen & ~replaced & (draw < mask_replace_prob + random_replace_prob)
+    return np.where(replaced, mask_token_id, np.where(randomized, random_ids, input_ids)), labels
+
+
+class MaskingCollator:
+    """Pad samples into one batch and mask it, in NumPy; the dataclasses below it bring the settings.
+
+    Each sample's masks depend on (seed, epoch, index) only: not on the batch, the worker, the device or a restart.
+    Samples without these keys are numbered in the order in which they come.
+    """
+
+    _samples_seen = 0
+
+    def numpy_batch(self, examples, pad_to_multiple_of=None, pad_to_length=0):
+        """Return {"input_ids", "attention_mask", "labels"}, each int32 [B, L], for samples or token lists."""
+        samples = [example if isinstance(example, Mapping) else {"input_ids": example} for example in examples]
+        rows = [np.asarray(sample["input_ids"], np.int32) for sample in samples]
+        longest = max(pad_to_length, *map(len, rows))
+        longest += -longest % (pad_to_multiple_of or 1)
+        if any(len(row) < longest for row in rows) and self.tokenizer.pad_token_id is None:
+            raise UserError("the tokenizer has no padding token, which samples of different lengths need")
+        shape = (len(rows), longest)
+        batch = {
+            "input_ids": np.full(shape, self.tokenizer.pad_token_id or 0, np.int32),
+            "attention_mask": np.zeros(shape, np.int32),
+            "labels": np.full(shape, IGNORED_LABEL, np.int32),
+        }
+        for i, (sample, row) in enumerate(zip(samples, rows)):
+            first = longest - len(row) if self.tokenizer.padding_side == "left" else 0
+            place = (i, slice(first, first + len(row)))
+            batch["attention_mask"][place] = sample.get("attention_mask", 1)
+            batch["input_ids"][place], batch["labels"][place] = self.mask_sample(sample, row)
+        return batch
+
+    def mask_sample(self, sample, input_ids):
+        """Return (inputs, labels), both int32 [L], of one sample."""
+        if not self.mlm:
+            return input_ids, np.where(input_ids == self.tokenizer.pad_token_id, IGNORED_LABEL, input_ids)
+        if "index" in sample:
+            epoch, index = sample["epoch"], sample["index"]
+        else:
+            epoch, index = 0, self._samples_seen
+            self._samples_seen += 1
+        return mask_tokens(
+            input_ids,
+            np.asarray(sample.get("special_tokens_mask", self.is_special[input_ids]), bool),
+            sample_generator(self.seed or 0, epoch, index),
+            mask_token_id=self.tokenizer.mask_token_id,
+            vocab_size=len(self.tokenizer),
+            mlm_probability=self.mlm_probability,
+            mask_replace_prob=self.mask_replace_prob,
+            random_replace_prob=self.random_replace_prob,
+            continues_word=sample.get("continues_word"),
+        )
+
+    @functools.cached_property
+    def is_special(self):
+        """Whether a token id is a special token's: bool [V]."""
+        lookup = np.zeros(max(self.tokenizer.get_vocab().values()) + 1, bool)
+        lookup[self.tokenizer.all_special_ids] = True
+        return lookup
+
+
+@dataclass
+class MaskedLMCollator(MaskingCollator, DataCollatorForLanguageModeling):
+    """The stock collator with reproducible masks: takes what it takes, returns int64 tensors under the same keys."""
+
+    pad_to_length: int = 0
+
+    def numpy_call(self, examples):
+        """Return {"input_ids", "attention_mask", "labels"} as int32 arrays [B, L]."""
+        return self.numpy_batch(examples, self.pad_to_multiple_of, self.pad_to_length)
+
+    def torch_call(self, examples):
+        """Return {"input_ids", "attention_mask", "labels"} as int64 tensors [B, L]."""
+        return {name: torch.from_numpy(array).long() for name, array in self.numpy_call(examples).items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Model
+# ---------------------------------------------------------------------------------------------------------------------
+def load_config(model_args):
+    """Return the model configuration: by name, or of a new model, with the overrides and the dropout asked for."""
+    name = model_args.config_name or model_args.model_name_or_path
+    if name:
+        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **model_args.hub_options)
+    else:
+        config = CONFIG_MAPPING[model_args.model_type]()
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(f"{name} is a {config.model_type} model, which has no masked-LM head here; see --model_type")
+    if model_args.config_overrides:
+        try:
+            config.update_from_string(model_args.config_overrides)
+        except ValueError as error:
+            raise UserError(f"--config_overrides {model_args.config_overrides}: {error}") from error
+    if model_args.dropout_rate is not None:
+        for key, value in config.to_dict().items():
+            if "dropout" in key and isinstance(value, float):
+                setattr(config, key, model_args.dropout_rate)
+    return config
+
+
+def load_tokenizer(model_args):
+    """Return the tokenizer; raises `UserError` when it has no mask token."""
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, use_fast=model_args.use_fast_tokenizer, revision=model_args.model_revision, **model_args.hub_options
+    )
+    if tokenizer.mask_token is None:
+        raise UserError(f"the tokenizer {name} has no mask token, which masked-language modelling needs")
+    return tokenizer
+
+
+def fit_config(config, tokenizer):
+    """Give a new model's configuration the vocabulary and the special ids of its tokenizer."""
+    config.vocab_size = len(tokenizer)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) is not None:
+            setattr(config, name, getattr(tokenizer, name))
+
+
+def load_model(model_args, config, tokenizer):
+    """Return the masked-LM model, pretrained or with random weights, its vocabulary that of the tokenizer.
+
+    New weights draw from PyTorch's global generator. Raises `UserError` for a TensorFlow checkpoint without TensorFlow.
+    """
+    name = model_args.model_name_or_path
+    if not name:
+        fit_config(config, tokenizer)
+        return AutoModelForMaskedLM.from_config(config)
+    from_tf = ".ckpt" in name
+    if from_tf and not transformers.is_tf_available():
+        raise UserError(
+            f"--model_name_or_path {name} is a TensorFlow checkpoint: reading it needs pip install tensorflow"
+        )
+    model = AutoModelForMaskedLM.from_pretrained(
+        name, from_tf=from_tf, config=config, revision=model_args.model_revision, **model_args.hub_options
+    )
+    resize_vocabulary(model, len(tokenizer))
+    return model
+
+
+def resize_vocabulary(model, size):
+    """Make token embeddings and decoder fit `size` tokens; new rows start as the mean of the old ones."""
+    old_size = model.get_input_embeddings().num_embeddings
+    if size == old_size:
+        return
+    logger.info(f"Resizing the token embeddings from {old_size} to {size}.")
+    model.resize_token_embeddings(size, mean_resizing=False)
+    layers = {
+        id(layer.weight): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer
+    }
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.weight[old_size:] = layer.weight[:old_size].mean(dim=0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Optimisation and metrics
+# ---------------------------------------------------------------------------------------------------------------------
+def threefry(key, high, low):
+    """The Threefry-2x32 hash with 20 rounds of uint32 counters (Salmon et al. 2011), as JAX draws random numbers."""
+    rotations = ((13, 15, 26, 6), (17, 29, 16, 24))
+    keys = (key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))
+    high, low = high + keys[0], low + keys[1]
+    for block in range(5):
+        for rotation in rotations[block % 2]:
+            high = high + low
+            low = high ^ (low << np.uint32(rotation) | low >> np.uint32(32 - rotation))
+        high = high + keys[(block + 1) % 3]
+        low = low + keys[(block + 2) % 3] + np.uint32(block + 1)
+    return high, low
+
+
+def epoch_permutation(seed, epoch, num_samples):
+    """Return the order of an epoch's samples: int64 [N], equal to that of `run_mlm_flax.py` (`jax.random.permutation`).
+
+    JAX sorts by random keys, anew until ties no longer matter; here its generator runs in NumPy.
+    """
+    zeros, counters = np.zeros(num_samples, np.uint32), np.arange(num_samples, dtype=np.uint32)
+    pair = np.zeros(2, np.uint32), np.arange(2, dtype=np.uint32)
+    seed_key = np.array([seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF], np.uint32)
+    key = np.stack(threefry(seed_key, np.zeros(1, np.uint32), np.array([epoch], np.uint32)))[:, 0]
+    order = np.arange(num_samples)
+    for _ in range(math.ceil(3 * math.log(max(1, num_samples)) / math.log(2**32 - 1))):
+        key, subkey = np.stack(threefry(key, *pair), axis=1)
+        high, low = threefry(subkey, zeros, counters)
+        order = order[np.argsort(high ^ low, kind="stable")]
+    return order
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """Shuffles anew in every epoch; yields `epoch * N + index`, the keys of a `TokenizedDataset`."""
+
+    def __init__(self, dataset, seed, length_batch_size=None):
+        self.dataset = dataset
+        self.seed = seed
+        self.length_batch_size = length_batch_size
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        """Called by the data loader before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __iter__(self):
+        order = epoch_permutation(self.seed, self.epoch, len(self))
+        if self.length_batch_size:
+            order = group_by_length(order, self.dataset.lengths, self.length_batch_size)
+        yield from (self.epoch * len(self) + order).tolist()
+
+
+@contextlib.contextmanager
+def labelled_positions_only(encoder, labelled):
+    """Within, `encoder` hands on only its hidden states at the labelled positions: [1, K, H], `labelled: bool [B, L]`.
+
+    The model's own head then computes K rows of logits instead of B * L.
+    """
+
+    def keep_labelled(module, inputs, output):
+        hidden = output[0][labelled][None]
+        if isinstance(output, tuple):
+            return hidden, *output[1:]
+        output["last_hidden_state"] = hidden
+        return output
+
+    handle = encoder.register_forward_hook(keep_labelled)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class MaskedLMTrainer(Trainer):
+    """A `Trainer` whose loss is one mean over the masked tokens of the whole step, however the step is split."""
+
+    def __init__(self, *args, dense_head=False, **kwargs):
+        super().__init__(*args, compute_metrics=masked_lm_metrics, **kwargs)
+        self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
+        self.dense_head = dense_head or self.args.n_gpu > 1  # DataParallel splits the batch behind our back.
+
+    def _get_train_sampler(self, train_dataset=None):
+        # A batch of like lengths is one step's, so that it does not depend on how the step is split.
+        step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        return EpochSampler(self.train_dataset, seed, step if self.args.group_by_length else None)
+
+    def _get_eval_sampler(self, eval_dataset):
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
+    def labelled_logits(self, model, inputs):
+        """Return (logits [K, V], labels [K]) at the positions that have a label."""
+        labels = inputs["labels"]
+        labelled = labels != IGNORED_LABEL
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        if self.dense_head:
+            if model.config.is_encoder_decoder:
+                inputs["labels"] = labels  # The decoder's inputs are made from them.
+            return model(**inputs).logits[labelled], labels[labelled]
+        with labelled_positions_only(self.accelerator.unwrap_model(model).base_model, labelled):
+            return model(**inputs).logits[0], labels[labelled]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Return the sum of the losses divided by the number of masked tokens in the step; 0 where there are none."""
+        logits, labels = self.labelled_logits(model, inputs)
+        loss = cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self.args.label_smoothing_factor)
+        if num_items_in_batch is None:
+            num_items_in_batch = torch.tensor(len(labels))
+        loss = loss / num_items_in_batch.clamp(min=1).to(loss.device)
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # Gradients are averaged over the processes.
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Return (None, [loss, hits] per sample: [B, 2], masked tokens per sample: [B]); no logits are kept."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits, labels = self.labelled_logits(model, inputs)
+        labelled = inputs["labels"] != IGNORED_LABEL
+        losses = cross_entropy(logits.float(), labels, reduction="none")
+        scores = torch.stack([losses, (logits.argmax(-1) == labels).float()], dim=1)
+        sums = scores.new_zeros(len(labelled), 2).index_add_(0, labelled.nonzero()[:, 0], scores)
+        return None, sums, labelled.sum(1)
+
+
+def masked_lm_metrics(prediction):
+    """Return {"loss", "accuracy", "perplexity"}: means over all masked tokens, for the sums of `prediction_step`."""
+    loss, hits = prediction.predictions.sum(axis=0, dtype=np.float64)
+    return mean_metrics(loss, hits, prediction.label_ids.sum())
+
+
+def mean_metrics(loss, hits, count):
+    """Return {"loss", "accuracy", "perplexity"} for sums over `count` masked tokens; perplexity `inf` on overflow."""
+    mean = float(loss) / max(int(count), 1)
+    try:
+        perplexity = math.exp(mean)
+    except OverflowError:
+        perplexity = math.inf
+    return {"loss": mean, "accuracy": float(hits) / max(int(count), 1), "perplexity": perplexity}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Steps
+# ---------------------------------------------------------------------------------------------------------------------
+def head_can_be_sparse(model, dataset, collator):
+    """Return whether the head gives the same loss from the labelled positions alone (one sample, eval mode)."""
+    batch = collator([dataset[0]])
+    batch["labels"] = batch["input_ids"].where(torch.arange(batch["input_ids"].shape[1]) % 2 == 1, IGNORED_LABEL)
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    labels = batch.pop("labels")
+    labelled = labels != IGNORED_LABEL
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        dense = model(**batch, labels=labels).loss
+        try:
+            with labelled_positions_only(model.base_model, labelled):
+                sparse = cross_entropy(model(**batch).logits[0], labels[labelled])
+        except (RuntimeError, ValueError, IndexError):
+            sparse = torch.tensor(math.nan)
+    model.train(was_training)
+    same = torch.allclose(dense, sparse, rtol=1e-3)
+    if not same:
+        logger.warning(f"{type(model).__name__} needs all positions in its head: training with the dense head.")
+    return same
+
+
+def build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
+    """Return the `Trainer` of a run."""
+    collator = MaskedLMCollator(
+        tokenizer,
+        mlm_probability=data_args.mlm_probability,
+        pad_to_multiple_of=8 if training_args.fp16 else None,
+        pad_to_length=max_seq_length if data_args.pad_to_max_length else 0,
+        seed=training_args.seed,
+    )
+    sample = next(dataset for dataset in tokenized.values() if len(dataset))
+    return MaskedLMTrainer(
+        model=model,
+        args=training_args,
+        data_collator=collator,
+        train_dataset=tokenized.get("train") if training_args.do_train else None,
+        eval_dataset=tokenized.get("validation") if training_args.do_eval else None,
+        processing_class=tokenizer,
+        dense_head=model_args.dense_head or not head_can_be_sparse(model, sample, collator),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Run
+# ---------------------------------------------------------------------------------------------------------------------
+def setup_logging(training_args):
+    """Send this script's and the Trainer's messages to stdout, from the main process only."""
+    level = logging.INFO if training_args.should_log else logging.ERROR
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[logging.StreamHandler(sys.stdout)]
+    )
+    logger.setLevel(level)
+    transformers.utils.logging.get_logger("transformers.trainer").setLevel(level)
+
+
+def check_samples(tokenized, training_args, max_seq_length):
+    """Raise `UserError` when a split that is asked for holds no sample."""
+    for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
+        if wanted and not len(tokenized.get(split, ())):
+            raise UserError(
+                f"the {split} split holds no sample: give more text, or lower --max_seq_length (now {max_seq_length})"
+            )
+
+
+def data_summary(tokenized):
+    """Return the lines that describe the tokenized splits."""
+    return {
+        f"{split} data": f"{len(dataset):,} samples, {dataset.num_tokens:,} tokens"
+        for split, dataset in tokenized.items()
+    }
+
+
+def run_summary(num_parameters, dataset, collator, batch, num_steps, peak_learning_rate):
+    """Return the lines that describe the training ahead; `batch` is (samples, accumulation steps, devices)."""
+    samples, accumulation, devices = batch
+    step_samples = samples * accumulation * devices
+    probed = [dataset[i]["input_ids"] for i in range(0, len(dataset), 1 + len(dataset) // 1000)]
+    maskable = np.mean([np.count_nonzero(~collator.is_special[row]) for row in probed])
+    return {
+        "parameters": f"{num_parameters:,}",
+        "optimizer steps": f"{num_steps:,}",
+        "batch": f"{step_samples:,} samples a step: {samples} x {accumulation} accumulated x {devices} devices",
+        "tokens a step": f"{dataset.num_tokens / len(dataset) * step_samples:,.0f}",
+        "masked tokens a step": f"{maskable * collator.mlm_probability * step_samples:,.0f} expected",
+        "peak learning rate": f"{peak_learning_rate:.3g}",
+    }
+
+
+def log_summary(title, lines):
+    """Log a titled block of `name: value` lines."""
+    logger.info(f"***** {title} *****")
+    for name, value in lines.items():
+        logger.info(f"  {name:<22} {value}")
+
+
+def masked_sentences(dataset, tokenizer, collator, count=5, length=32):
+    """Return {"input_ids", "attention_mask": int32 [S, length], "positions", "token_ids": int [S]}.
+
+    Samples from all over the data set, cut to `length`, one token of each masked: drawn as for evaluation.
+    """
+    sentences = {name: np.zeros((count, length), np.int32) for name in ("input_ids", "attention_mask")}
+    sentences |= {name: np.zeros(count, np.int64) for name in ("positions", "token_ids")}
+    for i in range(count):
+        row = np.array(dataset[i * len(dataset) // count]["input_ids"][:length])
+        candidates = np.flatnonzero(~collator.is_special[row])
+        if len(candidates) == 0:
+            candidates = np.arange(len(row))
+        position = sample_generator(collator.seed, EVAL_EPOCH, i).choice(candidates)
+        sentences["positions"][i], sentences["token_ids"][i] = position, row[position]
+        row[position] = tokenizer.mask_token_id
+        sentences["input_ids"][i, : len(row)], sentences["attention_mask"][i, : len(row)] = row, 1
+    return sentences
+
+
+def log_guesses(tokenizer, sentences, logits):
+    """Log each masked sentence with the model's three best guesses, for `logits: [S, V]` at the masked positions."""
+    logger.info("***** Masked sentences and the model's best guesses *****")
+    for row, mask, position, token_id, scores in zip(*sentences.values(), logits):
+        text = [
+            tokenizer.decode(part, skip_special_tokens=True)
+            for part in (row[:position], row[position + 1 : mask.sum()])
+        ]
+        probabilities = np.exp(scores - scores.max())
+        probabilities /= probabilities.sum()
+        guesses = ", ".join(f"{tokenizer.decode([i])} {probabilities[i]:.0%}" for i in np.argsort(-scores)[:3])
+        logger.info(f"  {text[0]} {tokenizer.mask_token} {text[1]}")
+        logger.info(f"      {guesses} (the text: {tokenizer.decode([token_id])})")
+
+
+def train(trainer, checkpoint):
+    """Train, save the model and the tokenizer, and return the training metrics."""
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    dataset = trainer.train_dataset
+    metrics["train_samples"] = len(dataset)
+    metrics["train_tokens_per_second"] = round(metrics["train_samples_per_second"] * dataset.num_tokens / len(dataset))
+    return metrics
+
+
+def evaluate(trainer):
+    """Evaluate on all validation samples and return the metrics."""
+    metrics = trainer.evaluate()
+    dataset = trainer.eval_dataset
+    metrics["perplexity"] = metrics.pop("eval_perplexity")
+    metrics["eval_samples"] = len(dataset)
+    metrics["eval_tokens_per_second"] = round(metrics["eval_samples_per_second"] * dataset.num_tokens / len(dataset))
+    return metrics
+
+
+def save_results(trainer, split, metrics):
+    """Log the metrics of a split and write `{split}_results.json`, `all_results.json` and `trainer_state.json`."""
+    trainer.log_metrics(split, metrics)
+    trainer.save_metrics(split, metrics)
+    trainer.save_state()
+
+
+def show_guesses(trainer, tokenizer):
+    """Log a few validation sentences with one mask each and the model's guesses."""
+    if not trainer.is_world_process_zero() or trainer.is_fsdp_enabled:
+        return
+    sentences = masked_sentences(trainer.eval_dataset, tokenizer, trainer.data_collator)
+    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    inputs = {name: torch.from_numpy(sentences[name]).long() for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        logits = model(**{name: value.to(model.device) for name, value in inputs.items()}).logits
+    picked = logits[torch.arange(len(logits)), torch.from_numpy(sentences["positions"])]
+    log_guesses(tokenizer, sentences, picked.float().cpu().numpy())
+
+
+def summarize(trainer):
+    """Return the lines that describe the training ahead."""
+    args = trainer.args
+    batch = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
+    steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    parameters = trainer.model.num_parameters()
+    return run_summary(parameters, trainer.train_dataset, trainer.data_collator, batch, num_steps, args.learning_rate)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Main
+# ---------------------------------------------------------------------------------------------------------------------
+@exit_on_user_error
+def main(argv=None):
+    """Run what the arguments ask for and return all metrics."""
+    model_args, data_args, training_args = parse_args(argv)
+    setup_logging(training_args)
+    checkpoint = prepare_output_dir(training_args)
+    config = load_config(model_args)
+    tokenizer = load_tokenizer(model_args)
+    max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
+    with training_args.main_process_first(desc="tokenizing"):
+        raw_datasets = load_raw_datasets(model_args, data_args)
+        tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length)
+    log_summary("Data", data_summary(tokenized))
+    check_samples(tokenized, training_args, max_seq_length)
+    if not (training_args.do_train or training_args.do_eval):
+        logger.info("Tokenized and cached. Nothing was trained or evaluated: see --do_train and --do_eval.")
+        return {}
+
+    set_seed(training_args.seed)
+    model = load_model(model_args, config, tokenizer)
+    trainer = build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
+    metrics = {}
+    if training_args.do_train:
+        log_summary("Training", summarize(trainer))
+        train_metrics = train(trainer, checkpoint)
+        save_results(trainer, "train", train_metrics)
+        metrics |= train_metrics
+    if training_args.do_eval:
+        eval_metrics = evaluate(trainer)
+        save_results(trainer, "eval", eval_metrics)
+        metrics |= eval_metrics
+        show_guesses(trainer, tokenizer)
+    return metrics
+
+
+def _mp_fn(index):
+    """Entry point of TPU launchers such as `xla_spawn`: one call per process, arguments from `sys.argv`."""
+    return main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1522 @@
+#!/usr/bin/env python
+"""Train a masked language model on your own text with JAX and Flax.
+
+Fine-tune a BERT-like model, or train one from scratch:
+
+    python run_mlm_flax.py --model_name_or_path bert-base-cased --train_file my.txt --do_train --do_eval --output_dir o
+    python run_mlm_flax.py configs/quickstart.json --learning_rate 1e-3
+
+`run_mlm.py` is the same program on PyTorch: the same flags, masks, batches and result files. PyTorch is not used.
+
+What to change where: the loss in `cross_entropy`, the optimizer in `create_optimizer`, the masking rule in
+`mask_tokens`, how text becomes rows of token ids in `TextEncoder`. Sections 3 to 5 hold no JAX but for the defaults
+of `TrainingArguments`, and are byte-identical in both scripts.
+
+Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size,
+A accumulated micro-batches, D devices.
+"""
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Imports and constants
+# ---------------------------------------------------------------------------------------------------------------------
+import copy
+import difflib
+import functools
+import glob
+import inspect
+import itertools
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional
+
+if __name__ == "__main__":
+    os.environ.setdefault("USE_TORCH", "0")  # As a program: start without importing a PyTorch that is not used.
+
+import datasets
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pyarrow as pa
+from flax import jax_utils
+from flax import linen as nn
+from flax.training import train_state
+from flax.traverse_util import flatten_dict
+from jax import lax
+from safetensors.numpy import save_file
+from tqdm.auto import tqdm
+from transformers import (
+    CONFIG_MAPPING,
+    FLAX_MODEL_FOR_MASKED_LM_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    FlaxAutoModelForMaskedLM,
+    FlaxBertForMaskedLM,
+    PreTrainedTokenizerBase,
+)
+from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.trainer_utils import speed_metrics
+from transformers.utils import check_min_version
+from transformers.utils.versions import require_version
+
+try:
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+except ImportError:
+    EventFileWriter = None
+
+# The oldest releases that the tests run on.
+check_min_version("4.57.6")
+require_version("datasets>=5.0.1", "To fix: pip install -r requirements.txt")
+
+logger = logging.getLogger("run_mlm")
+
+MODEL_TYPES = tuple(sorted(config.model_type for config in FLAX_MODEL_FOR_MASKED_LM_MAPPING))
+LINE_BY_LINE_DEFAULT = True  # The documented default of this script: each text is a sample.
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
+MAX_SHAPES = 6  # Lengths that line-by-line batches are padded to: each one is a compilation.
+FILE_FORMATS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits are usually "no limit", and attention is quadratic.
+IGNORED_LABEL = -100
+EVAL_EPOCH = 2**63  # No training epoch: evaluation draws its own masks, the same ones every time.
+LENGTH_WINDOW = 50  # Batches sorted by length together: enough for like lengths, few enough to stay random.
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class UserError(ValueError):
+    """A mistake in the flags or the input files: reported in one line, exit status 2."""
+
+
+@dataclass
+class ModelArguments:
+    """Which model, configuration and tokenizer, and where from."""
+
+    model_name_or_path: Optional[str] = HfArg(
+        default=None, help="Model to start from: a hub name or a folder. Leave out to train from scratch."
+    )
+    model_type: Optional[str] = HfArg(
+        default=None, help="Architecture to train from scratch: " + ", ".join(MODEL_TYPES) + "."
+    )
+    config_name: Optional[str] = HfArg(
+        default=None, help="Configuration name or folder, if not that of model_name_or_path."
+    )
+    config_overrides: Optional[str] = HfArg(
+        default=None, help="Changes to the configuration of a new model: num_hidden_layers=2,hidden_size=128"
+    )
+    tokenizer_name: Optional[str] = HfArg(
+        default=None, help="Tokenizer name or folder, if not that of model_name_or_path."
+    )
+    cache_dir: Optional[str] = HfArg(default=None, help="Where downloaded models and prepared data sets are kept.")
+    use_fast_tokenizer: bool = HfArg(default=True, help="Use the fast (Rust) tokenizer where there is one.")
+    model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model on the hub.")
+    token: Optional[str] = HfArg(default=None, repr=False, help="Hub token, for private models and data sets.")
+    use_auth_token: bool = HfArg(default=False, help="Use the hub token stored by `hf auth login`.")
+    dropout_rate: Optional[float] = HfArg(
+        default=None, help="Every dropout probability of the model (default: as its configuration says)."
+    )
+    dense_head: bool = HfArg(
+        default=False, help="Compute the vocabulary logits at every position, not only where masked."
+    )
+
+    @property
+    def hub_options(self):
+        """Keyword arguments that every hub download takes."""
+        return {"cache_dir": self.cache_dir, "token": self.token or (True if self.use_auth_token else None)}
+
+
+@dataclass
+class DataTrainingArguments:
+    """Which text, and how it becomes rows of token ids."""
+
+    dataset_name: Optional[str] = HfArg(default=None, help="Data set: a hub name or a folder.")
+    dataset_config_name: Optional[str] = HfArg(default=None, help="Configuration of the data set.")
+    train_file: Optional[str] = HfArg(
+        default=None, help="Training text: " + ", ".join(FILE_FORMATS) + "; a glob names several files."
+    )
+    validation_file: Optional[str] = HfArg(default=None, help="Validation text, in the same formats.")
+    train_ref_file: Optional[str] = HfArg(
+        default=None,
+        help="Word references of train_file (Chinese whole-word masking, line by line): line i is a JSON list "
+        "of the token positions, [CLS] counted, that continue the word before them.",
+    )
+    validation_ref_file: Optional[str] = HfArg(
+        default=None, help="Word references of validation_file, in the same format."
+    )
+    text_column_name: Optional[str] = HfArg(
+        default=None, help="Column that holds the text (default: `text`, or else the first column)."
+    )
+    overwrite_cache: bool = HfArg(default=False, help="Tokenize again even if a cached result exists.")
+    validation_split_percentage: Optional[int] = HfArg(
+        default=5, help="Share of the training data used for validation when there is no other, in percent."
+    )
+    max_seq_length: Optional[int] = HfArg(
+        default=None, help="Tokens per sample (default: what tokenizer and model allow, at most 1024)."
+    )
+    preprocessing_num_workers: Optional[int] = HfArg(
+        default=None, help="Processes that tokenize (default: one process, all cores)."
+    )
+    mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
+    line_by_line: bool = HfArg(
+        default=LINE_BY_LINE_DEFAULT,
+        help="Each text is a sample of its own (true), or texts are joined and cut into rows (false).",
+    )
+    pad_to_max_length: bool = HfArg(
+        default=False, help="Pad every batch to max_seq_length (default: to its longest sample)."
+    )
+    max_train_samples: Optional[int] = HfArg(default=None, help="Train on the first so many samples only.")
+    max_val_samples: Optional[int] = HfArg(
+        default=None, help="Evaluate on the first so many samples only.", aliases=["--max_eval_samples"]
+    )
+
+
+@dataclass
+class TrainingArguments:
+    """Arguments of the training loop, named as in the PyTorch script where it has them."""
+
+    output_dir: Optional[str] = HfArg(default=None, help="Where the model, results and logs are written.")
+    overwrite_output_dir: bool = HfArg(default=False, help="Write over what output_dir holds.")
+    do_train: bool = HfArg(default=False, help="Train.")
+    do_eval: bool = HfArg(default=False, help="Evaluate.")
+    train_batch_size: int = HfArg(
+        default=8, help="Training batch of one device.", aliases=["--per_device_train_batch_size"]
+    )
+    eval_batch_size: int = HfArg(
+        default=8, help="Evaluation batch of one device.", aliases=["--per_device_eval_batch_size"]
+    )
+    gradient_accumulation_steps: int = HfArg(default=1, help="Batches whose gradients make one optimizer step.")
+    learning_rate: float = HfArg(default=5e-5, help="Base learning rate.")
+    weight_decay: float = HfArg(default=0.0, help="Weight decay of AdamW (not of biases and layer norms).")
+    adam_beta1: float = HfArg(default=0.9, help="Decay of Adam's first moment.")
+    adam_beta2: float = HfArg(default=0.999, help="Decay of Adam's second moment.")
+    adam_epsilon: float = HfArg(default=1e-8, help="Epsilon of Adam.")
+    max_grad_norm: float = HfArg(default=1.0, help="Clip gradients to this norm; 0 does not clip.")
+    num_train_epochs: float = HfArg(default=3.0, help="Passes over the training data.")
+    max_steps: int = HfArg(default=-1, help="Optimizer steps, instead of num_train_epochs, if above 0.")
+    lr_scheduler_type: str = HfArg(
+        default="constant * linear_warmup * rsqrt_decay",
+        help=f"Schedule: one of {', '.join(SCHEDULES)}, or factors of create_learning_rate_scheduler joined by *.",
+    )
+    warmup_steps: int = HfArg(default=0, help="Steps of linear warmup.")
+    label_smoothing_factor: float = HfArg(default=0.0, help="Label smoothing of the training loss.")
+    group_by_length: bool = HfArg(default=False, help="Make batches of samples of like lengths.")
+    dataloader_drop_last: bool = HfArg(default=True, help="Leave out the last batch of an epoch if it is not full.")
+    eval_strategy: str = HfArg(default="epoch", help="Evaluate while training: no, every epoch, or every eval_steps.")
+    eval_steps: int = HfArg(default=500, help="Steps between evaluations if eval_strategy is steps.")
+    logging_steps: int = HfArg(default=500, help="Steps between reports of the training loss.")
+    seed: int = HfArg(default=42, help="Seed of new weights, dropout, order and masks.")
+    bf16: bool = HfArg(default=False, help="Compute in bfloat16; the weights stay float32.")
+
+    def __post_init__(self):
+        if self.eval_strategy not in ("no", "steps", "epoch"):
+            raise ValueError(f"--eval_strategy {self.eval_strategy} must be no, steps or epoch")
+        if self.lr_scheduler_type not in SCHEDULES:
+            create_learning_rate_scheduler(self.lr_scheduler_type)  # Raises a ValueError that names the wrong factor.
+
+    @property
+    def should_log(self):
+        """Whether this is the process that writes logs and files."""
+        return jax.process_index() == 0
+
+
+class ArgumentParser(HfArgumentParser):
+    """An `HfArgumentParser` that raises `UserError` instead of printing its usage."""
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def build_parser():
+    """Return the parser of the three argument groups; flags cannot be abbreviated."""
+    groups = (ModelArguments, DataTrainingArguments, TrainingArguments)
+    return ArgumentParser(groups, allow_abbrev=False, description=__doc__.splitlines()[0])
+
+
+def read_json_config(path):
+    """Return the flags that a JSON object of settings stands for; `null` leaves a setting at its default.
+
+    Raises `UserError` for a file that cannot be read, is not an object, or names a key twice.
+    """
+
+    def unique(pairs):
+        keys = [key for key, _ in pairs]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise UserError(f"{path}: the key {key!r} occurs twice; keep one")
+        return dict(pairs)
+
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            settings = json.load(file, object_pairs_hook=unique)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a JSON file") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; mend the JSON") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: holds a JSON {type(settings).__name__}; it must be an object of settings")
+    flags = []
+    for key, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{key}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
+    return flags
+
+
+def parse_args(argv=None):
+    """Return (ModelArguments, DataTrainingArguments, TrainingArguments) from flags, a JSON file, or a file then flags.
+
+    `argv` is a list of strings (default: the command line). Raises `UserError` for anything not understood.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = build_parser()
+    if argv and argv[0].endswith(".json"):
+        argv = read_json_config(argv[0]) + argv[1:]
+    try:
+        *groups, unknown = parser.parse_args_into_dataclasses(
+            argv, return_remaining_strings=True, look_for_args_file=False
+        )
+    except UserError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if unknown:
+        raise UserError(unknown_argument_message(unknown[0]))
+    check_args(*groups)
+    return tuple(groups)
+
+
+def unknown_argument_message(argument):
+    """Return the error line for an argument that no group has, with the closest name that one has."""
+    name = argument.lstrip("-").split("=")[0]
+    known = [
+        item.name for group in (ModelArguments, DataTrainingArguments, TrainingArguments) for item in fields(group)
+    ]
+    closest = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {closest[0]}?" if closest else "--help lists all flags"
+    return (
+        f"{name} is not an argument of this script; {hint}"
+        if argument.startswith("-")
+        else (f"{argument!r} was not expected here: every value follows a --flag; {hint}")
+    )
+
+
+def check_args(model_args, data_args, training_args):
+    """Raise `UserError` for settings that no run can work with, before anything is loaded."""
+    if not training_args.output_dir:
+        raise UserError("--output_dir is missing: name the folder for the results")
+    if not (model_args.model_name_or_path or model_args.model_type or model_args.config_name):
+        raise UserError("no model: give --model_name_or_path, or --model_type or --config_name to train from scratch")
+    if not (model_args.model_name_or_path or model_args.tokenizer_name):
+        raise UserError("no tokenizer: a new model needs --tokenizer_name")
+    if model_args.model_name_or_path and model_args.config_overrides:
+        raise UserError("--config_overrides is for new models; leave it out together with --model_name_or_path")
+    if model_args.model_type and model_args.model_type not in MODEL_TYPES:
+        closest = difflib.get_close_matches(model_args.model_type, MODEL_TYPES, n=3) or MODEL_TYPES
+        raise UserError(f"--model_type {model_args.model_type} is unknown here; known: {', '.join(closest)}")
+    if not (data_args.dataset_name or data_args.train_file or data_args.validation_file):
+        raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
+    if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
+        raise UserError("--do_train needs --train_file or --dataset_name")
+    if not 0 < data_args.mlm_probability <= 1:
+        raise UserError(f"--mlm_probability {data_args.mlm_probability} must be above 0 and at most 1")
+    if data_args.validation_split_percentage is None or not 1 <= data_args.validation_split_percentage <= 99:
+        raise UserError(f"--validation_split_percentage {data_args.validation_split_percentage} must be from 1 to 99")
+    for text, reference in (("train_file", "train_ref_file"), ("validation_file", "validation_ref_file")):
+        if getattr(data_args, reference) and not (getattr(data_args, text) and data_args.line_by_line):
+            raise UserError(f"--{reference} goes with --{text} and --line_by_line true")
+
+
+def exit_on_user_error(main):
+    """Decorate `main` to print a `UserError` as one line on stderr and exit with status 2 (MLM_DEBUG=1: traceback)."""
+
+    @functools.wraps(main)
+    def wrapped(*args, **kwargs):
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            if os.environ.get("MLM_DEBUG") == "1":
+                raise
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            raise SystemExit(2) from None
+
+    return wrapped
+
+
+def prepare_output_dir(training_args):
+    """Raise `UserError` when training would write over results, unless told to."""
+    folder = training_args.output_dir
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise UserError(f"--output_dir {folder} is a file; name a folder")
+    used = os.path.isdir(folder) and os.listdir(folder)
+    if training_args.do_train and used and not training_args.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {folder} is not empty; name another folder, or write over it with --overwrite_output_dir"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Data
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_raw_datasets(model_args, data_args):
+    """Return {"train": Dataset, "validation": Dataset} of raw text, or the one of them that there is.
+
+    Where there is no validation data, it is the first `validation_split_percentage` percent of the training data.
+    Raises `UserError` for files that do not exist or have no known format.
+    """
+    if data_args.dataset_name:
+        raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **model_args.hub_options)
+    else:
+        named = {"train": data_args.train_file, "validation": data_args.validation_file}
+        files = {split: sorted(glob.glob(name)) for split, name in named.items() if name}
+        formats = {split: file_format(named[split], files[split]) for split in files}
+        raw = {
+            split: datasets.load_dataset(
+                formats[split], data_files={split: files[split]}, split=split, **model_args.hub_options
+            )
+            for split in files
+        }
+    raw = {split: raw[split] for split in ("train", "validation") if split in raw}
+    for split, references in (("train", data_args.train_ref_file), ("validation", data_args.validation_ref_file)):
+        if references:
+            raw[split] = add_word_references(raw[split], references)
+    if "train" in raw and "validation" not in raw:
+        first = round(len(raw["train"]) * data_args.validation_split_percentage / 100)
+        raw["validation"] = raw["train"].select(range(first))
+        raw["train"] = raw["train"].select(range(first, len(raw["train"])))
+    if not raw:
+        raise UserError(f"--dataset_name {data_args.dataset_name} has neither a train nor a validation split")
+    return raw
+
+
+def file_format(name, files):
+    """Return the `datasets` loader for the files that `name` matched; raises `UserError` where there is none."""
+    if not files:
+        raise UserError(f"{name}: no such file")
+    extensions = {os.path.splitext(file)[1].lstrip(".").lower() for file in files}
+    unknown = extensions - FILE_FORMATS.keys()
+    if unknown:
+        raise UserError(
+            f"{name}: the extension {'.'.join(['', *sorted(unknown)])} is not one of {', '.join(FILE_FORMATS)}"
+        )
+    if len({FILE_FORMATS[extension] for extension in extensions}) > 1:
+        raise UserError(f"{name}: matches files of several formats ({', '.join(sorted(extensions))}); name one format")
+    return FILE_FORMATS[extensions.pop()]
+
+
+def add_word_references(dataset, path):
+    """Return the data set with a column `continues_word`: of each line, the token positions that continue a word.
+
+    Line i of the file is a JSON list for line i of the text, blank lines included.
+    """
+    with open(path, encoding="utf-8-sig") as file:
+        lines = file.read().splitlines()
+    if len(lines) != len(dataset):
+        raise UserError(f"{path} has {len(lines)} lines, its text {len(dataset)}; write one reference line a text line")
+    references = []
+    for number, line in enumerate(lines, 1):
+        try:
+            positions = json.loads(line or "[]")
+            references.append(pa.scalar(positions, pa.list_(pa.int32())))
+        except (ValueError, TypeError, pa.ArrowException):
+            raise UserError(f"{path}, line {number}: {line[:40]!r} is not a JSON list of positions") from None
+    return dataset.add_column("continues_word", pa.array(references, pa.list_(pa.int32())))
+
+
+def choose_max_seq_length(data_args, tokenizer, config):
+    """Return the number of tokens per sample: what was asked for, as far as tokenizer and model go."""
+    positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet"):
+        positions -= config.pad_token_id + 1  # These count positions from behind the padding id.
+    limit = min(tokenizer.model_max_length, positions)
+    if data_args.max_seq_length is None:
+        if limit > MAX_DEFAULT_LENGTH:
+            logger.warning(f"max_seq_length is {MAX_DEFAULT_LENGTH}; the model takes more: see --max_seq_length.")
+        return min(limit, MAX_DEFAULT_LENGTH)
+    if data_args.max_seq_length > limit:
+        logger.warning(
+            f"--max_seq_length {data_args.max_seq_length} is clipped to the model's limit of {limit} tokens."
+        )
+    return min(data_args.max_seq_length, limit)
+
+
+def group_texts(token_ids, max_seq_length):
+    """Cut a stream of tokens into full rows: (int32 [N, max_seq_length], the rest: int32 [< max_seq_length])."""
+    full = len(token_ids) - len(token_ids) % max_seq_length
+    return token_ids[:full].reshape(-1, max_seq_length), token_ids[full:]
+
+
+class TextEncoder:
+    """Turn batches of text into rows of token ids, as the function of an Arrow-formatted `datasets.map`.
+
+    Line by line, a text is a row (`input_ids: list<int32>`), truncated, blank texts left out. Otherwise all texts are
+    joined into rows of `max_seq_length` (`input_ids: fixed_size_list<int32>`); what a batch leaves over begins the
+    next one, so a pass drops less than one row.
+    """
+
+    def __init__(self, tokenizer, text_column, line_by_line, max_seq_length):
+        self.tokenizer = tokenizer
+        self.text_column = text_column
+        self.line_by_line = line_by_line
+        self.max_seq_length = max_seq_length
+        self.left_over = np.empty(0, np.int32)
+
+    def __call__(self, table):
+        """Return the table of rows for a table of texts."""
+        texts = table[self.text_column].to_pylist()
+        if not self.line_by_line:
+            tokens = self.encode(texts).flatten().to_numpy()
+            rows, self.left_over = group_texts(np.concatenate([self.left_over, tokens]), self.max_seq_length)
+            return pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(rows.ravel(), self.max_seq_length)})
+        kept = [i for i, text in enumerate(texts) if text and not text.isspace()]
+        input_ids = self.encode([texts[i] for i in kept])
+        if "continues_word" not in table.column_names:
+            return pa.table({"input_ids": input_ids})
+        positions = table["continues_word"].take(pa.array(kept, pa.int64())).to_pylist()
+        flags = [word_flags(row, len(ids)) for row, ids in zip(positions, input_ids)]
+        return pa.table({"input_ids": input_ids, "continues_word": pa.array(flags, pa.list_(pa.bool_()))})
+
+    def encode(self, texts):
+        """Return the token ids of the texts, special tokens included, as an Arrow list<int32> array."""
+        if self.tokenizer.is_fast:
+            backend = self.tokenizer.backend_tokenizer
+            backend.no_padding()
+            if self.line_by_line:
+                backend.enable_truncation(self.max_seq_length)
+            else:
+                backend.no_truncation()
+            token_ids = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
+        elif self.line_by_line:
+            token_ids = self.tokenizer(texts, truncation=True, max_length=self.max_seq_length)["input_ids"]
+        else:
+            token_ids = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
+        return pa.array(token_ids, pa.list_(pa.int32()))
+
+
+def word_flags(positions, length):
+    """Return bool [length], true at the given token positions as far as truncation left them."""
+    flags = np.zeros(length, bool)
+    flags[[position for position in positions if position < length]] = True
+    return flags
+
+
+def find_text_column(dataset, wanted):
+    """Return the name of the text column; raises `UserError` when it is not there or holds no text."""
+    names = [name for name in dataset.column_names if name != "continues_word"]
+    column = wanted or ("text" if "text" in names else names[0])
+    if column not in names:
+        raise UserError(f"--text_column_name {column} is not a column of the data; there are: {', '.join(names)}")
+    kind = dataset.features[column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        raise UserError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
+    return column
+
+
+def tokenizer_identity(tokenizer):
+    """Return what decides which ids a tokenizer gives, whatever it was last used for."""
+    if not tokenizer.is_fast:
+        return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    return tokenizer.backend_tokenizer.to_str()
+
+
+def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length):
+    """Return {split: TokenizedDataset}; each split is encoded once and read from the `datasets` cache after that.
+
+    The cache key is made of the text, the tokenizer, the mode and the code here, so that both scripts share it.
+    """
+    tokenized = {}
+    limits = {"train": data_args.max_train_samples, "validation": data_args.max_val_samples}
+    for split, raw in raw_datasets.items():
+        column = find_text_column(raw, data_args.text_column_name)
+        encoder = TextEncoder(tokenizer, column, data_args.line_by_line, max_seq_length)
+        recipe = [tokenizer_identity(tokenizer), column, data_args.line_by_line, max_seq_length]
+        code = [inspect.getsource(part) for part in (TextEncoder, group_texts, word_flags)]
+        dataset = raw.with_format("arrow").map(
+            encoder,
+            batched=True,
+            remove_columns=raw.column_names,
+            num_proc=data_args.preprocessing_num_workers,
+            load_from_cache_file=not data_args.overwrite_cache,
+            new_fingerprint=datasets.fingerprint.Hasher.hash([raw._fingerprint, recipe, code]),
+            writer_batch_size=10_000,
+            desc=f"Tokenizing the {split} texts",
+        )
+        tokenizer_identity(tokenizer)  # Leaves no truncation behind to be saved with the tokenizer.
+        if limits[split] is not None:
+            dataset = dataset.select(range(min(limits[split], len(dataset))))
+        tokenized[split] = TokenizedDataset(dataset, frozen_masks=split == "validation")
+    return tokenized
+
+
+class TokenizedDataset:
+    """Rows of token ids read straight from a memory-mapped Arrow table, each with the key of its masks.
+
+    A sample is asked for by `epoch * len(self) + index`, so that whoever collates it, in whichever process, knows
+    the epoch. With `frozen_masks` the epoch is a constant: evaluation sees the same masks every time.
+    """
+
+    def __init__(self, dataset, frozen_masks=False):
+        self.dataset = dataset
+        self.frozen_masks = frozen_masks
+        self.columns = {name: row_views(dataset.data.column(name)) for name in dataset.column_names}
+        chunk_lengths = [len(chunk) for chunk in dataset.data.column("input_ids").chunks]
+        self.chunk_starts = np.cumsum([0, *chunk_lengths])[:-1]
+
+    def __reduce__(self):
+        # Workers map the file themselves instead of receiving a copy of it.
+        return TokenizedDataset, (self.dataset, self.frozen_masks)
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, key):
+        """Return {"input_ids": int32 [L], "epoch", "index"}, and "continues_word": bool [L] where there is one."""
+        epoch, index = divmod(int(key), len(self))
+        chunk = int(np.searchsorted(self.chunk_starts, index, side="right")) - 1
+        row = index - int(self.chunk_starts[chunk])
+        sample = {"epoch": EVAL_EPOCH if self.frozen_masks else epoch, "index": index}
+        for name, views in self.columns.items():
+            values, offsets = views[chunk]
+            sample[name] = values[offsets[row] : offsets[row + 1]]
+        return sample
+
+    @functools.cached_property
+    def lengths(self):
+        """Tokens of each sample: int64 [N]."""
+        return np.concatenate([np.diff(offsets) for _, offsets in self.columns["input_ids"]] or [np.empty(0, np.int64)])
+
+    @property
+    def num_tokens(self):
+        """Tokens of all samples together."""
+        return int(sum(offsets[-1] - offsets[0] for _, offsets in self.columns["input_ids"]))
+
+
+def row_views(column):
+    """Return per chunk of an Arrow list column (values: [tokens], offsets: [rows + 1]), without copying the values."""
+    views = []
+    for chunk in column.chunks:
+        if pa.types.is_fixed_size_list(chunk.type):
+            offsets = np.arange(len(chunk) + 1) * chunk.type.list_size
+            values = chunk.flatten()
+        else:
+            offsets = chunk.offsets.to_numpy()
+            values = chunk.values
+        views.append((values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type)), offsets))
+    return views
+
+
+def group_by_length(order, lengths, batch_size):
+    """Sort an epoch's order by length within windows of some batches, so that a batch holds samples of like lengths."""
+    window = LENGTH_WINDOW * batch_size
+    return np.concatenate(
+        [part[np.argsort(-lengths[part], kind="stable")] for part in np.split(order, range(window, len(order), window))]
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Masking
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sample_generator(seed, epoch, index):
+    """Return the random generator that belongs to one sample in one epoch, wherever and whenever it is asked for."""
+    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, epoch]))
+
+
+def mask_tokens(
+    input_ids,
+    special_tokens_mask,
+    generator,
+    mask_token_id,
+    vocab_size,
+    mlm_probability=0.15,
+    mask_replace_prob=0.8,
+    random_replace_prob=0.1,
+    continues_word=None,
+):
+    """Choose the tokens to predict and hide most of them (BERT, Devlin et al. 2019, section 3.1).
+
+    Of one sample, `input_ids: int32 [L]` and `special_tokens_mask: bool [L]` (never chosen), returns
+    (inputs: int32 [L], labels: int32 [L], -100 where not chosen). A chosen token becomes the mask token, a random one,
+    or stays. With `continues_word: bool [L]`, words are chosen as a whole. Draws from `generator` only.
+    """
+    length = len(input_ids)
+    chosen = generator.binomial(1, mlm_probability, length).astype(bool)
+    if continues_word is not None:
+        chosen = chosen[np.maximum.accumulate(np.where(continues_word, 0, np.arange(length)))]
+    chosen &= ~special_tokens_mask
+    draw = generator.random(length)
+    random_ids = generator.integers(vocab_size, size=length, dtype=np.int32)
+    labels = np.where(chosen, input_ids, IGNORED_LABEL)
+    replaced = chosen & (draw < mask_replace_prob)
+    randomized = chosen & ~replaced & (draw < mask_replace_prob + random_replace_prob)
+    return np.where(replaced, mask_token_id, np.where(randomized, random_ids, input_ids)), labels
+
+
+class MaskingCollator:
+    """Pad samples into one batch and mask it, in NumPy; the dataclasses below it bring the settings.
+
+    Each sample's masks depend on (seed, epoch, index) only: not on the batch, the worker, the device or a restart.
+    Samples without these keys are numbered in the order in which they come.
+    """
+
+    _samples_seen = 0
+
+    def numpy_batch(self, examples, pad_to_multiple_of=None, pad_to_length=0):
+        """Return {"input_ids", "attention_mask", "labels"}, each int32 [B, L], for samples or token lists."""
+        samples = [example if isinstance(example, Mapping) else {"input_ids": example} for example in examples]
+        rows = [np.asarray(sample["input_ids"], np.int32) for sample in samples]
+        longest = max(pad_to_length, *map(len, rows))
+        longest += -longest % (pad_to_multiple_of or 1)
+        if any(len(row) < longest for row in rows) and self.tokenizer.pad_token_id is None:
+            raise UserError("the tokenizer has no padding token, which samples of different lengths need")
+        shape = (len(rows), longest)
+        batch = {
+            "input_ids": np.full(shape, self.tokenizer.pad_token_id or 0, np.int32),
+            "attention_mask": np.zeros(shape, np.int32),
+            "labels": np.full(shape, IGNORED_LABEL, np.int32),
+        }
+        for i, (sample, row) in enumerate(zip(samples, rows)):
+            first = longest - len(row) if self.tokenizer.padding_side == "left" else 0
+            place = (i, slice(first, first + len(row)))
+            batch["attention_mask"][place] = sample.get("attention_mask", 1)
+            batch["input_ids"][place], batch["labels"][place] = self.mask_sample(sample, row)
+        return batch
+
+    def mask_sample(self, sample, input_ids):
+        """Return (inputs, labels), both int32 [L], of one sample."""
+        if not self.mlm:
+            return input_ids, np.where(input_ids == self.tokenizer.pad_token_id, IGNORED_LABEL, input_ids)
+        if "index" in sample:
+            epoch, index = sample["epoch"], sample["index"]
+        else:
+            epoch, index = 0, self._samples_seen
+            self._samples_seen += 1
+        return mask_tokens(
+            input_ids,
+            np.asarray(sample.get("special_tokens_mask", self.is_special[input_ids]), bool),
+            sample_generator(self.seed or 0, epoch, index),
+            mask_token_id=self.tokenizer.mask_token_id,
+            vocab_size=len(self.tokenizer),
+            mlm_probability=self.mlm_probability,
+            mask_replace_prob=self.mask_replace_prob,
+            random_replace_prob=self.random_replace_prob,
+            continues_word=sample.get("continues_word"),
+        )
+
+    @functools.cached_property
+    def is_special(self):
+        """Whether a token id is a special token's: bool [V]."""
+        lookup = np.zeros(max(self.tokenizer.get_vocab().values()) + 1, bool)
+        lookup[self.tokenizer.all_special_ids] = True
+        return lookup
+
+
+@dataclass
+class FlaxDataCollatorForLanguageModeling(MaskingCollator):
+    """Pads and masks samples in NumPy; raises `ValueError` for a tokenizer without a mask token.
+
+    With `mlm=False` nothing is masked and the labels are the inputs, padding at -100.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    mlm: bool = True
+    mlm_probability: float = 0.15
+    mask_replace_prob: float = 0.8
+    random_replace_prob: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.mlm and self.tokenizer.mask_token is None:
+            raise ValueError(
+                "the tokenizer has no mask token, which mlm=True needs; pass mlm=False or another tokenizer"
+            )
+
+    def __call__(self, examples, pad_to_multiple_of=None, pad_to_length=0):
+        """Return {"input_ids", "attention_mask", "labels"} as int32 arrays [B, L]."""
+        return self.numpy_batch(examples, pad_to_multiple_of, pad_to_length)
+
+    def mask_tokens(self, inputs, special_tokens_mask=None):
+        """Return (inputs, labels), both int32 [B, L], for `inputs: int [B, L]` and its mask of the same shape."""
+        if special_tokens_mask is None:
+            special_tokens_mask = self.is_special[inputs]
+        pairs = [self.mask_sample({"special_tokens_mask": mask}, row) for mask, row in zip(special_tokens_mask, inputs)]
+        return tuple(np.stack(part) for part in zip(*pairs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_config(model_args):
+    """Return the model configuration: by name, or of a new model, with the overrides and the dropout asked for."""
+    name = model_args.config_name or model_args.model_name_or_path
+    if name:
+        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **model_args.hub_options)
+    else:
+        config = CONFIG_MAPPING[model_args.model_type]()
+    if config.model_type not in MODEL_TYPES:
+        raise UserError(f"{name} is a {config.model_type} model, which has no masked-LM head here; see --model_type")
+    if model_args.config_overrides:
+        try:
+            config.update_from_string(model_args.config_overrides)
+        except ValueError as error:
+            raise UserError(f"--config_overrides {model_args.config_overrides}: {error}") from error
+    if model_args.dropout_rate is not None:
+        for key, value in config.to_dict().items():
+            if "dropout" in key and isinstance(value, float):
+                setattr(config, key, model_args.dropout_rate)
+    return config
+
+
+def load_tokenizer(model_args):
+    """Return the tokenizer; raises `UserError` when it has no mask token."""
+    name = model_args.tokenizer_name or model_args.model_name_or_path
+    tokenizer = AutoTokenizer.from_pretrained(
+        name, use_fast=model_args.use_fast_tokenizer, revision=model_args.model_revision, **model_args.hub_options
+    )
+    if tokenizer.mask_token is None:
+        raise UserError(f"the tokenizer {name} has no mask token, which masked-language modelling needs")
+    return tokenizer
+
+
+def fit_config(config, tokenizer):
+    """Give a new model's configuration the vocabulary and the special ids of its tokenizer."""
+    config.vocab_size = len(tokenizer)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if getattr(tokenizer, name) is not None:
+            setattr(config, name, getattr(tokenizer, name))
+
+
+def load_model(model_args, config, tokenizer, dtype=jnp.float32, seed=0):
+    """Return the masked-LM model, pretrained or with random weights, its vocabulary that of the tokenizer.
+
+    PyTorch weights (safetensors) are converted. New weights draw from `seed`; computations are in `dtype`.
+    """
+    name = model_args.model_name_or_path
+    model_class = FlaxBertForMaskedLM if config.model_type == "bert" else FlaxAutoModelForMaskedLM
+    if name:
+        model = model_class.from_pretrained(
+            name, config=config, dtype=dtype, seed=seed, revision=model_args.model_revision, **model_args.hub_options
+        )
+        return resize_vocabulary(model, len(tokenizer))
+    fit_config(config, tokenizer)
+    if model_class is FlaxBertForMaskedLM:
+        return FlaxBertForMaskedLM(config, dtype=dtype, seed=seed)
+    return FlaxAutoModelForMaskedLM.from_config(config, dtype=dtype, seed=seed)
+
+
+def resize_vocabulary(model, size):
+    """Return the model with token embeddings and decoder for `size` tokens; new rows are the mean of the old ones."""
+    old_size = model.config.vocab_size
+    if size == old_size:
+        return model
+    logger.info(f"Resizing the token embeddings from {old_size} to {size}.")
+    config = copy.deepcopy(model.config)
+    config.vocab_size = size
+    resized = type(model)(config, dtype=model.dtype)
+
+    def fit(old, new):
+        if old.shape == new.shape:
+            return old
+        axis = next(i for i in range(old.ndim) if old.shape[i] != new.shape[i])
+        kept = lax.slice_in_dim(old, 0, min(size, old_size), axis=axis)
+        mean = old.mean(axis, keepdims=True) if old.ndim > 1 else jnp.zeros(1, old.dtype)
+        return jnp.concatenate([kept, jnp.repeat(mean, size - kept.shape[axis], axis)], axis)
+
+    resized.params = jax.tree.map(fit, model.params, resized.params)
+    return resized
+
+
+def pytorch_state_dict(params):
+    """Return the parameters under the names and in the layout of the PyTorch model: {name: array}."""
+    names = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+    state = {}
+    for path, value in flatten_dict(jax.device_get(params)).items():
+        name = ".".join([*path[:-1], names.get(path[-1], path[-1])])
+        state[name] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Optimisation and metrics
+# ---------------------------------------------------------------------------------------------------------------------
+def create_learning_rate_scheduler(
+    factors="constant * linear_warmup * rsqrt_decay",
+    base_learning_rate=0.5,
+    warmup_steps=1000,
+    decay_factor=0.5,
+    steps_per_decay=20000,
+    steps_per_cycle=100000,
+):
+    """Return step -> learning rate, the product of factors named in a string and joined by `*`.
+
+    * constant: the base learning rate
+    * linear_warmup: rises from 0 to 1 at `warmup_steps`
+    * rsqrt_decay: 1 / sqrt(max(step, warmup_steps))
+    * rsqrt_normalized_decay: the same, but 1 at `warmup_steps`
+    * decay_every: `decay_factor` every `steps_per_decay` steps
+    * cosine_decay: after the warmup, from 1 to 0 over `steps_per_cycle` steps, again and again
+
+    No warmup counts as one step of it. Raises `ValueError` for a factor of another name (Flax, examples/lm1b).
+    """
+    warmup = max(1, warmup_steps)
+
+    def cosine(step):
+        progress = jnp.maximum(0.0, (step - warmup) / steps_per_cycle)
+        return 0.5 * (1.0 + jnp.cos(jnp.pi * (progress % 1.0)))
+
+    known = {
+        "constant": lambda step: base_learning_rate,
+        "linear_warmup": lambda step: jnp.minimum(1.0, step / warmup),
+        "rsqrt_decay": lambda step: 1.0 / jnp.sqrt(jnp.maximum(step, warmup)),
+        "rsqrt_normalized_decay": lambda step: jnp.sqrt(warmup / jnp.maximum(step, warmup)),
+        "decay_every": lambda step: decay_factor ** (step // steps_per_decay),
+        "cosine_decay": cosine,
+    }
+    names = [name.strip() for name in factors.split("*")]
+    for name in names:
+        if name not in known:
+            raise ValueError(f"the schedule {factors!r} names {name!r}; known factors: {', '.join(known)}")
+
+    def schedule(step):
+        return jnp.asarray(math.prod(known[name](step) for name in names), jnp.float32)
+
+    return schedule
+
+
+def create_schedule(training_args, num_steps):
+    """Return step -> learning rate for `lr_scheduler_type`: factors, or the Trainer's schedule of that name."""
+    rate, warmup = training_args.learning_rate, training_args.warmup_steps
+    timescale = warmup or 10_000
+    schedules = {
+        "linear": optax.linear_schedule(rate, 0.0, max(1, num_steps - warmup)),
+        "cosine": optax.cosine_decay_schedule(rate, max(1, num_steps - warmup)),
+        "constant": optax.constant_schedule(rate),
+        "constant_with_warmup": optax.constant_schedule(rate),
+        "inverse_sqrt": lambda step: rate * jnp.sqrt(timescale / (step + timescale)),
+    }
+    name = training_args.lr_scheduler_type
+    if name not in schedules:
+        return create_learning_rate_scheduler(name, rate, warmup)
+    if name == "constant" or not warmup:
+        return schedules[name]
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), schedules[name]], [warmup])
+
+
+def create_optimizer(training_args, schedule):
+    """Return AdamW (Loshchilov & Hutter 2019) after clipping by the global norm; matrices decay, as in the Trainer."""
+    adamw = optax.adamw(
+        schedule,
+        b1=training_args.adam_beta1,
+        b2=training_args.adam_beta2,
+        eps=training_args.adam_epsilon,
+        weight_decay=training_args.weight_decay,
+        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+    )
+    if training_args.max_grad_norm > 0:
+        return optax.chain(optax.clip_by_global_norm(training_args.max_grad_norm), adamw)
+    return adamw
+
+
+def epoch_permutation(seed, epoch, num_samples):
+    """Return the order of an epoch's samples: int64 [N]."""
+    return np.asarray(
+        jax.random.permutation(jax.random.fold_in(jax.random.PRNGKey(seed), epoch), num_samples), np.int64
+    )
+
+
+def compute_metrics(logits, labels, weights, label_smoothing=0.0):
+    """Return the sums {"loss", "accuracy", "normalizer"} over all positions: `logits: [..., V]`, the others `[...]`."""
+    loss, normalizer = cross_entropy(logits, labels, weights, label_smoothing)
+    return {"loss": loss, "accuracy": accuracy(logits, labels, weights), "normalizer": normalizer}
+
+
+def accuracy(logits, targets, weights=None):
+    """Return the weighted number of positions whose highest logit is the target's."""
+    hits = jnp.argmax(logits, -1) == targets
+    return jnp.sum(hits if weights is None else hits * weights)
+
+
+def cross_entropy(logits, targets, weights=None, label_smoothing=0.0):
+    """Return (sum of the weighted losses, sum of the weights) for `logits: [..., V]`, `targets: int [...]`.
+
+    The target has probability 1 - label_smoothing, the other tokens share the rest; what no model can undercut is
+    subtracted, so that the best loss is 0 (Flax, examples/lm1b). Computed without a one-hot array.
+    """
+    vocab_size = logits.shape[-1]
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    target_log_probs = jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+    loss = -target_log_probs
+    if label_smoothing > 0:
+        confidence, low = 1.0 - label_smoothing, label_smoothing / (vocab_size - 1)
+        floor = -(confidence * math.log(confidence) + label_smoothing * math.log(low))
+        loss = -(confidence * target_log_probs + low * (log_probs.sum(-1) - target_log_probs)) - floor
+    if weights is None:
+        return loss.sum(), np.prod(targets.shape)
+    return (loss * weights).sum(), weights.sum()
+
+
+def mean_metrics(loss, hits, count):
+    """Return {"loss", "accuracy", "perplexity"} for sums over `count` masked tokens; perplexity `inf` on overflow."""
+    mean = float(loss) / max(int(count), 1)
+    try:
+        perplexity = math.exp(mean)
+    except OverflowError:
+        perplexity = math.inf
+    return {"loss": mean, "accuracy": float(hits) / max(int(count), 1), "perplexity": perplexity}
+
+
+class SummaryWriter:
+    """Writes TensorBoard events with the `tensorboard` package alone, where it is installed."""
+
+    def __init__(self, log_dir):
+        self.writer = EventFileWriter(log_dir) if EventFileWriter else None
+
+    def scalar(self, tag, value, step):
+        """Write one value of a chart."""
+        if self.writer:
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
+            self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+
+    def close(self):
+        """Write out what is still in memory."""
+        if self.writer:
+            self.writer.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Steps
+# ---------------------------------------------------------------------------------------------------------------------
+class Optimizer(train_state.TrainState):
+    """Parameters, AdamW state and step, and the gradient norm of the last step: what `training_step` updates."""
+
+    grad_norm: jax.Array
+
+
+def labelled_logits(params, batch, dropout_rng=None, *, model):
+    """Return logits for `batch`: [K, V] at its `positions` (flat in [B * L]) where it names them, else [B, L, V].
+
+    In the first case the base model hands on K hidden states only, and the model's own head runs on those.
+    Dropout is on with a `dropout_rng`.
+    """
+
+    def keep_labelled(call, args, kwargs, context):
+        output = call(*args, **kwargs)
+        if context.module.name != model.base_model_prefix or context.method_name != "__call__":
+            return output
+        hidden = output[0].reshape(-1, output[0].shape[-1])[batch["positions"]][None]
+        return (hidden, *output[1:]) if isinstance(output, tuple) else output.replace(last_hidden_state=hidden)
+
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    options = {"params": params, "dropout_rng": dropout_rng, "train": dropout_rng is not None}
+    if "positions" not in batch:
+        return model(**inputs, **options)[0]
+    with nn.intercept_methods(keep_labelled):
+        return model(**inputs, **options)[0][0]
+
+
+def training_step(optimizer, batch, dropout_rng, *, label_smoothing=0.0):
+    """Return (loss, optimizer, new_dropout_rng) after one update; runs under `jax.pmap` over the axis "batch".
+
+    `batch`: `input_ids`, `attention_mask`, `labels`: int32 [B, L], or [A, B, L] to accumulate over A; optionally
+    `positions` of the labels, and then `labels` alike: [K] or [A, K]. Labels below 0 do not count. The loss is the
+    mean over the labels of all devices and micro-batches.
+    """
+    dropout_rng, new_dropout_rng = jax.random.split(dropout_rng)
+    micro_batches = batch if batch["input_ids"].ndim == 3 else jax.tree.map(lambda array: array[None], batch)
+    # A device's sum over the mean count: then the mean of the devices' gradients is that of the global mean.
+    count = lax.pmean((batch["labels"] >= 0).sum().astype(jnp.float32), "batch")
+    scale = 1.0 / jnp.where(count > 0, count, 1.0)
+
+    def micro_loss(params, micro_batch, rng):
+        logits = optimizer.apply_fn(params, micro_batch, rng)
+        labels = micro_batch["labels"]
+        return scale * cross_entropy(logits, jnp.maximum(labels, 0), labels >= 0, label_smoothing)[0]
+
+    def accumulate(total, inputs):
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(micro_loss)(optimizer.params, *inputs)), None
+
+    steps = micro_batches["input_ids"].shape[0]
+    if steps == 1:
+        inputs = jax.tree.map(lambda array: array[0], micro_batches), dropout_rng
+        loss, gradients = jax.value_and_grad(micro_loss)(optimizer.params, *inputs)
+    else:
+        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, optimizer.params)
+        inputs = micro_batches, jax.random.split(dropout_rng, steps)
+        (loss, gradients), _ = lax.scan(accumulate, zero, inputs)
+    loss, gradients = lax.pmean((loss, gradients), "batch")
+    optimizer = optimizer.apply_gradients(grads=gradients, grad_norm=optax.tree.norm(gradients))
+    return loss, optimizer, new_dropout_rng
+
+
+def eval_step(params, batch, *, apply_fn):
+    """Return the sums {"loss", "accuracy", "normalizer"} over the labels of all devices, under `jax.pmap` ("batch")."""
+    labels = batch["labels"]
+    metrics = compute_metrics(apply_fn(params, batch), jnp.maximum(labels, 0), labels >= 0)
+    return lax.psum(metrics, "batch")
+
+
+def generate_batch_splits(samples_idx, batch_size, drop_last=True):
+    """Return the list of batches of an order of samples; one that is not full at the end is dropped, or kept."""
+    full = len(samples_idx) // batch_size * batch_size
+    batches = np.split(samples_idx[:full], full // batch_size) if full else []
+    return batches if drop_last or full == len(samples_idx) else [*batches, samples_idx[full:]]
+
+
+def label_slots(labels, probability):
+    """Return a K that the label counts of `labels: [..., B, L]` fit in, the same for almost every batch of a shape.
+
+    Five standard deviations above the expectation, a multiple of 8; beyond that twice, three times as much.
+    """
+    tokens = labels.shape[-1] * labels.shape[-2]
+    expected = tokens * probability
+    slots = 8 * math.ceil((expected + 5 * math.sqrt(expected * (1 - probability))) / 8)
+    most = int((labels >= 0).sum((-2, -1)).max())
+    return min(tokens, slots * max(1, math.ceil(most / slots)))
+
+
+def select_labels(labels, slots):
+    """Return {"positions", "labels"}: int32 [..., K], the places in B * L that have a label in `labels: [..., B, L]`.
+
+    Padded to K = `slots` with position 0 and label -100.
+    """
+    flat = labels.reshape(-1, labels.shape[-2] * labels.shape[-1])
+    positions = np.zeros((len(flat), slots), np.int32)
+    kept = np.full((len(flat), slots), IGNORED_LABEL, np.int32)
+    for i, row in enumerate(flat):
+        found = np.flatnonzero(row >= 0)
+        positions[i, : len(found)], kept[i, : len(found)] = found, row[found]
+    shape = (*labels.shape[:-2], slots)
+    return {"positions": positions.reshape(shape), "labels": kept.reshape(shape)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Run
+# ---------------------------------------------------------------------------------------------------------------------
+@dataclass
+class Run:
+    """What a training run is made of, and where it is."""
+
+    args: TrainingArguments
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    collator: FlaxDataCollatorForLanguageModeling
+    tokenized: dict
+    max_seq_length: int
+    pad_to_max_length: bool
+    dense_head: bool
+    writer: SummaryWriter
+    step: int = 0
+    log_history: list = field(default_factory=list)
+    seen_shapes: set = field(default_factory=set)
+
+    @property
+    def step_samples(self):
+        """Samples of one optimizer step on all devices."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * jax.device_count()
+
+    @property
+    def steps_per_epoch(self):
+        """Optimizer steps of one pass over the training data."""
+        micro_batches = len(self.tokenized["train"]) / (self.args.train_batch_size * jax.device_count())
+        micro_batches = math.floor(micro_batches) if self.args.dataloader_drop_last else math.ceil(micro_batches)
+        return math.ceil(micro_batches / self.args.gradient_accumulation_steps)
+
+    @property
+    def num_steps(self):
+        """Optimizer steps of the whole run."""
+        return (
+            self.args.max_steps
+            if self.args.max_steps > 0
+            else math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
+        )
+
+    @functools.cached_property
+    def schedule(self):
+        """The learning rate at each step."""
+        return create_schedule(self.args, self.num_steps)
+
+    @functools.cached_property
+    def apply_fn(self) -> Callable:
+        """The model's forward pass, as the steps call it."""
+        return functools.partial(labelled_logits, model=self.model)
+
+    @functools.cached_property
+    def eval_step(self):
+        """The compiled evaluation step; the last one stays compiled from one evaluation to the next."""
+        return jax.pmap(functools.partial(eval_step, apply_fn=self.apply_fn), "batch")
+
+    def log(self, logs):
+        """Record values in the history and on the charts, under the Trainer's names."""
+        logs = {**logs, "epoch": self.step / self.steps_per_epoch if self.args.do_train else 0.0}
+        self.log_history.append({**logs, "step": self.step})
+        if self.args.should_log:
+            for name, value in logs.items():
+                tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
+                self.writer.scalar(tag, value, self.step)
+            tqdm.write(str(logs))
+
+    def device_batch(self, dataset, keys, rows, accumulation=1):
+        """Return the batch of samples `keys` as arrays [D, (A,) B, L], missing samples repeated without labels."""
+        samples = [dataset[key] for key in keys]
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        batch = self.collator(samples, pad_to_length=self.padded_length(longest))
+        missing = rows * accumulation * jax.local_device_count() - len(samples)
+        if missing:
+            batch = {name: np.concatenate([array, np.repeat(array[:1], missing, 0)]) for name, array in batch.items()}
+            batch["labels"][len(samples) :] = IGNORED_LABEL
+        batch = {name: array.reshape(accumulation, -1, rows, array.shape[-1]) for name, array in batch.items()}
+        batch = {name: array.swapaxes(0, 1) if accumulation > 1 else array[0] for name, array in batch.items()}
+        if not self.dense_head:
+            batch |= select_labels(batch["labels"], label_slots(batch["labels"], self.collator.mlm_probability))
+        shape = tuple(array.shape for array in batch.values())
+        if shape not in self.seen_shapes:
+            self.seen_shapes.add(shape)
+            logger.info(f"Compiling a step for batches of shape {batch['input_ids'].shape}.")
+        return batch
+
+    def padded_length(self, longest):
+        """Return the length that a batch is padded to: one of a few, as every shape is compiled."""
+        if self.pad_to_max_length:
+            return self.max_seq_length
+        multiple = 8 * math.ceil(self.max_seq_length / MAX_SHAPES / 8)
+        return min(self.max_seq_length, multiple * math.ceil(longest / multiple))
+
+
+def head_can_be_sparse(model, dataset, collator):
+    """Return whether the head gives the same logits from the labelled positions alone (one sample, eval mode)."""
+    batch = collator([dataset[0]])
+    positions = np.arange(batch["input_ids"].shape[1] // 2) * 2 + 1
+    try:
+        dense = labelled_logits(model.params, batch, model=model)[0, positions]
+        sparse = labelled_logits(model.params, {**batch, "positions": positions}, model=model)
+        same = dense.shape == sparse.shape and bool(jnp.allclose(dense, sparse, rtol=1e-3, atol=1e-3))
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        logger.warning(f"{type(model).__name__} needs all positions in its head: training with the dense head.")
+    return same
+
+
+def build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
+    """Return the `Run`."""
+    collator = FlaxDataCollatorForLanguageModeling(
+        tokenizer, mlm_probability=data_args.mlm_probability, seed=training_args.seed
+    )
+    sample = next(dataset for dataset in tokenized.values() if len(dataset))
+    return Run(
+        args=training_args,
+        model=model,
+        tokenizer=tokenizer,
+        collator=collator,
+        tokenized=tokenized,
+        max_seq_length=max_seq_length,
+        pad_to_max_length=data_args.pad_to_max_length,
+        dense_head=model_args.dense_head or not head_can_be_sparse(model, sample, collator),
+        writer=SummaryWriter(os.path.join(training_args.output_dir, "logs") if training_args.should_log else None),
+    )
+
+
+def check_samples(tokenized, training_args, max_seq_length):
+    """Raise `UserError` when a split that is asked for holds no sample."""
+    for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
+        if wanted and not len(tokenized.get(split, ())):
+            raise UserError(
+                f"the {split} split holds no sample: give more text, or lower --max_seq_length (now {max_seq_length})"
+            )
+
+
+def data_summary(tokenized):
+    """Return the lines that describe the tokenized splits."""
+    return {
+        f"{split} data": f"{len(dataset):,} samples, {dataset.num_tokens:,} tokens"
+        for split, dataset in tokenized.items()
+    }
+
+
+def run_summary(num_parameters, dataset, collator, batch, num_steps, peak_learning_rate):
+    """Return the lines that describe the training ahead; `batch` is (samples, accumulation steps, devices)."""
+    samples, accumulation, devices = batch
+    step_samples = samples * accumulation * devices
+    probed = [dataset[i]["input_ids"] for i in range(0, len(dataset), 1 + len(dataset) // 1000)]
+    maskable = np.mean([np.count_nonzero(~collator.is_special[row]) for row in probed])
+    return {
+        "parameters": f"{num_parameters:,}",
+        "optimizer steps": f"{num_steps:,}",
+        "batch": f"{step_samples:,} samples a step: {samples} x {accumulation} accumulated x {devices} devices",
+        "tokens a step": f"{dataset.num_tokens / len(dataset) * step_samples:,.0f}",
+        "masked tokens a step": f"{maskable * collator.mlm_probability * step_samples:,.0f} expected",
+        "peak learning rate": f"{peak_learning_rate:.3g}",
+    }
+
+
+def log_summary(title, lines):
+    """Log a titled block of `name: value` lines."""
+    logger.info(f"***** {title} *****")
+    for name, value in lines.items():
+        logger.info(f"  {name:<22} {value}")
+
+
+def masked_sentences(dataset, tokenizer, collator, count=5, length=32):
+    """Return {"input_ids", "attention_mask": int32 [S, length], "positions", "token_ids": int [S]}.
+
+    Samples from all over the data set, cut to `length`, one token of each masked: drawn as for evaluation.
+    """
+    sentences = {name: np.zeros((count, length), np.int32) for name in ("input_ids", "attention_mask")}
+    sentences |= {name: np.zeros(count, np.int64) for name in ("positions", "token_ids")}
+    for i in range(count):
+        row = np.array(dataset[i * len(dataset) // count]["input_ids"][:length])
+        candidates = np.flatnonzero(~collator.is_special[row])
+        if len(candidates) == 0:
+            candidates = np.arange(len(row))
+        position = sample_generator(collator.seed, EVAL_EPOCH, i).choice(candidates)
+        sentences["positions"][i], sentences["token_ids"][i] = position, row[position]
+        row[position] = tokenizer.mask_token_id
+        sentences["input_ids"][i, : len(row)], sentences["attention_mask"][i, : len(row)] = row, 1
+    return sentences
+
+
+def log_guesses(tokenizer, sentences, logits):
+    """Log each masked sentence with the model's three best guesses, for `logits: [S, V]` at the masked positions."""
+    logger.info("***** Masked sentences and the model's best guesses *****")
+    for row, mask, position, token_id, scores in zip(*sentences.values(), logits):
+        text = [
+            tokenizer.decode(part, skip_special_tokens=True)
+            for part in (row[:position], row[position + 1 : mask.sum()])
+        ]
+        probabilities = np.exp(scores - scores.max())
+        probabilities /= probabilities.sum()
+        guesses = ", ".join(f"{tokenizer.decode([i])} {probabilities[i]:.0%}" for i in np.argsort(-scores)[:3])
+        logger.info(f"  {text[0]} {tokenizer.mask_token} {text[1]}")
+        logger.info(f"      {guesses} (the text: {tokenizer.decode([token_id])})")
+
+
+def setup_logging(training_args):
+    """Send this script's messages to stdout, from the main process only."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[logging.StreamHandler(sys.stdout)]
+    )
+    logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
+
+
+def training_order(run):
+    """Yield the sample keys of every optimizer step, epoch after epoch without end."""
+    args, dataset = run.args, run.tokenized["train"]
+    for epoch in itertools.count():
+        order = epoch_permutation(args.seed, epoch, len(dataset))
+        if args.group_by_length:
+            order = group_by_length(order, dataset.lengths, run.step_samples)
+        batches = generate_batch_splits(order, args.train_batch_size * jax.device_count(), args.dataloader_drop_last)
+        for first in range(0, len(batches), args.gradient_accumulation_steps):
+            yield epoch * len(dataset) + np.concatenate(batches[first : first + args.gradient_accumulation_steps])
+
+
+def train(run):
+    """Train, save the model and the tokenizer, and return (parameters on every device, the training metrics)."""
+    args, dataset = run.args, run.tokenized["train"]
+    step_fn = jax.pmap(
+        functools.partial(training_step, label_smoothing=args.label_smoothing_factor), "batch", donate_argnums=(0, 2)
+    )
+    optimizer = jax_utils.replicate(
+        Optimizer.create(
+            apply_fn=run.apply_fn,
+            params=run.model.params,
+            tx=create_optimizer(args, run.schedule),
+            grad_norm=jnp.zeros(()),
+        )
+    )
+    dropout_rngs = jax.random.split(jax.random.PRNGKey(args.seed), jax.local_device_count())
+    losses, total_loss, tokens, start = [], 0.0, 0, time.time()
+    for keys in tqdm(
+        itertools.islice(training_order(run), run.num_steps), "Training", run.num_steps, disable=not args.should_log
+    ):
+        batch = run.device_batch(dataset, keys, args.train_batch_size, args.gradient_accumulation_steps)
+        loss, optimizer, dropout_rngs = step_fn(optimizer, batch, dropout_rngs)
+        run.step += 1
+        tokens += batch["input_ids"].size
+        losses.append(loss)
+        if run.step % args.logging_steps == 0 or run.step == run.num_steps:
+            total_loss += log_training(run, losses, optimizer)
+            losses.clear()
+        interval = {"no": 0, "steps": args.eval_steps, "epoch": run.steps_per_epoch}[args.eval_strategy]
+        if args.do_eval and interval and run.step % interval == 0 and run.step < run.num_steps:
+            evaluate(run, optimizer.params)
+    num_samples = run.num_steps * run.step_samples if args.max_steps > 0 else len(dataset) * args.num_train_epochs
+    metrics = {"epoch": run.step / run.steps_per_epoch}
+    metrics["total_flos"] = 6.0 * tokens * num_matrix_parameters(run.model.params)
+    metrics["train_loss"] = total_loss / run.num_steps
+    metrics |= speed_metrics("train", start, num_samples=num_samples, num_steps=run.num_steps)
+    metrics["train_samples"] = len(dataset)
+    metrics["train_tokens_per_second"] = round(metrics["train_samples_per_second"] * dataset.num_tokens / len(dataset))
+    save_model(run, optimizer.params)
+    return optimizer.params, metrics
+
+
+def log_training(run, losses, optimizer):
+    """Log the mean of the losses since the last report and return their sum."""
+    values = [float(loss[0]) for loss in jax.device_get(losses)]
+    logs = {"loss": sum(values) / len(values), "grad_norm": float(optimizer.grad_norm[0])}
+    run.log({**logs, "learning_rate": float(run.schedule(run.step - 1))})
+    return sum(values)
+
+
+def num_matrix_parameters(params):
+    """Return the number of parameters that are not embeddings, as the Trainer counts them for `total_flos`."""
+    return sum(value.size for path, value in flatten_dict(params).items() if path[-1] != "embedding")
+
+
+def evaluate(run, params):
+    """Evaluate on all validation samples, with the parameters on every device; log and return the metrics."""
+    dataset, rows, start = run.tokenized["validation"], run.args.eval_batch_size, time.time()
+    batches = generate_batch_splits(np.arange(len(dataset)), rows * jax.device_count(), drop_last=False)
+    sums = []
+    for keys in tqdm(batches, "Evaluating", leave=False, disable=not run.args.should_log):
+        sums.append(run.eval_step(params, run.device_batch(dataset, keys, rows)))
+    sums = {name: sum(float(part[name][0]) for part in jax.device_get(sums)) for name in sums[0]}
+    metrics = mean_metrics(sums["loss"], sums["accuracy"], sums["normalizer"])
+    metrics = {f"eval_{name}": value for name, value in metrics.items()}
+    metrics |= speed_metrics("eval", start, num_samples=len(dataset), num_steps=len(batches))
+    run.log(metrics)
+    metrics["perplexity"] = metrics.pop("eval_perplexity")
+    metrics["epoch"] = run.log_history[-1]["epoch"]
+    metrics["eval_samples"] = len(dataset)
+    metrics["eval_tokens_per_second"] = round(metrics["eval_samples_per_second"] * dataset.num_tokens / len(dataset))
+    return metrics
+
+
+def write_json(path, content):
+    """Write a JSON file that is either there as a whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+        file.write("\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def save_model(run, params):
+    """Write model and tokenizer as a Transformers folder that PyTorch and Flax load."""
+    if not run.args.should_log:
+        return
+    folder = run.args.output_dir
+    config = copy.deepcopy(run.model.config)
+    config.architectures = [type(run.model).__name__.removeprefix("Flax")]
+    config.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+    path = os.path.join(folder, "model.safetensors")
+    save_file(pytorch_state_dict(jax_utils.unreplicate(params)), f"{path}.tmp", metadata={"format": "pt"})
+    os.replace(f"{path}.tmp", path)
+
+
+def save_results(run, split, metrics):
+    """Log the metrics of a split and write `{split}_results.json`, `all_results.json` and `trainer_state.json`."""
+    if not run.args.should_log:
+        return
+    log_summary(f"{split} metrics", {name: metrics[name] for name in sorted(metrics)})
+    os.makedirs(run.args.output_dir, exist_ok=True)
+    paths = {name: os.path.join(run.args.output_dir, f"{name}_results.json") for name in (split, "all")}
+    everything = {}
+    if os.path.exists(paths["all"]):
+        with open(paths["all"], encoding="utf-8") as file:
+            everything = json.load(file)
+    write_json(paths[split], metrics)
+    write_json(paths["all"], everything | metrics)
+    write_json(os.path.join(run.args.output_dir, "trainer_state.json"), trainer_state(run))
+
+
+def trainer_state(run):
+    """Return what the Trainer writes to `trainer_state.json`, as far as this loop has it."""
+    return {
+        "epoch": run.step / run.steps_per_epoch if run.args.do_train else None,
+        "global_step": run.step,
+        "max_steps": run.num_steps if run.args.do_train else 0,
+        "num_train_epochs": run.args.num_train_epochs,
+        "train_batch_size": run.args.train_batch_size,
+        "logging_steps": run.args.logging_steps,
+        "eval_steps": run.args.eval_steps,
+        "is_world_process_zero": run.args.should_log,
+        "log_history": run.log_history,
+    }
+
+
+def show_guesses(run, params):
+    """Log a few validation sentences with one mask each and the model's guesses."""
+    sentences = masked_sentences(run.tokenized["validation"], run.tokenizer, run.collator)
+    batch = {name: sentences[name] for name in ("input_ids", "attention_mask")}
+    logits = jax.jit(run.apply_fn)(jax_utils.unreplicate(params), batch)
+    picked = logits[np.arange(len(logits)), sentences["positions"]]
+    log_guesses(run.tokenizer, sentences, np.asarray(picked, np.float32))
+
+
+def summarize(run):
+    """Return the lines that describe the training ahead; warns of a schedule that stays far below its base rate."""
+    steps = np.unique(np.linspace(0, run.num_steps, 1000, dtype=int))
+    peak = float(np.max(jax.vmap(run.schedule)(steps)))
+    if peak < 0.1 * run.args.learning_rate:
+        logger.warning(
+            f"The learning rate peaks at {peak:.3g}, far below --learning_rate {run.args.learning_rate}: rsqrt_decay "
+            "divides by sqrt(warmup_steps). rsqrt_normalized_decay in --lr_scheduler_type does not."
+        )
+    args = run.args
+    parameters = sum(value.size for value in jax.tree.leaves(run.model.params))
+    batch = args.train_batch_size, args.gradient_accumulation_steps, jax.device_count()
+    return run_summary(parameters, run.tokenized["train"], run.collator, batch, run.num_steps, peak)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Main
+# ---------------------------------------------------------------------------------------------------------------------
+@exit_on_user_error
+def main(argv=None):
+    """Run what the arguments ask for and return all metrics."""
+    model_args, data_args, training_args = parse_args(argv)
+    setup_logging(training_args)
+    prepare_output_dir(training_args)
+    config = load_config(model_args)
+    tokenizer = load_tokenizer(model_args)
+    max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
+    raw_datasets = load_raw_datasets(model_args, data_args)
+    tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length)
+    log_summary("Data", data_summary(tokenized))
+    check_samples(tokenized, training_args, max_seq_length)
+    if not (training_args.do_train or training_args.do_eval):
+        logger.info("Tokenized and cached. Nothing was trained or evaluated: see --do_train and --do_eval.")
+        return {}
+
+    dtype = jnp.bfloat16 if training_args.bf16 else jnp.float32
+    model = load_model(model_args, config, tokenizer, dtype, training_args.seed)
+    run = build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
+    metrics = {}
+    if training_args.do_train:
+        log_summary("Training", summarize(run))
+        params, train_metrics = train(run)
+        save_results(run, "train", train_metrics)
+        metrics |= train_metrics
+    else:
+        params = jax_utils.replicate(model.params)
+    if training_args.do_eval:
+        eval_metrics = evaluate(run, params)
+        save_results(run, "eval", eval_metrics)
+        metrics |= eval_metrics
+        show_guesses(run, params)
+    run.writer.close()
+    return metrics
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Tiny tokenizers, models and texts, made here: no test needs the network, `../shared/` or a GPU."""
+
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+# Before any import of the libraries that read them.
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # Two test processes share two cores.
+
+import datasets
+import pytest
+import tokenizers
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ("run_mlm", "run_mlm_flax")
+ARCHITECTURES = ("bert", "roberta", "albert", "distilbert", "electra")
+SIZES = {
+    "vocab_size": None,
+    "hidden_size": 32,
+    "embedding_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 64,
+    "dim": 32,
+    "n_layers": 2,
+    "n_heads": 2,
+    "hidden_dim": 64,
+}
+WORDS = (
+    "the a baker farmer teacher sailor child bakes grows reads sails sees bread corn books boats dogs old new small "
+    "big and in on near house field school harbour every morning evening slowly quickly ."
+).split()
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    """Give each test a `datasets` cache of its own."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """Each of the two scripts, imported."""
+    return importlib.import_module(request.param)
+
+
+def sentences(count, seed=0):
+    """Return `count` short sentences of the tiny tokenizers' words."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS[:-1], k=rng.randint(3, 18))) + " ." for _ in range(count)]
+
+
+def write_lines(path, lines):
+    """Write the lines to a UTF-8 file and return its path as a string."""
+    Path(path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def text_files(tmp_path):
+    """A training file of 120 lines, some blank, and a validation file of 30."""
+    train = sentences(110)
+    for i in range(0, 110, 11):
+        train.insert(i, "")
+    return {
+        "train_file": write_lines(tmp_path / "train.txt", train),
+        "validation_file": write_lines(tmp_path / "validation.txt", sentences(30, seed=1)),
+    }
+
+
+def make_tokenizer(folder, extra=()):
+    """Write a BERT tokenizer of whole words, letters and word pieces, and return it."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = [*SPECIAL, *dict.fromkeys([*WORDS, *letters]), *(f"##{letter}" for letter in letters), *extra]
+    vocab_file = write_lines(Path(folder) / "vocab.txt", vocabulary)
+    tokenizer = transformers.BertTokenizerFast(vocab_file=vocab_file, model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_byte_level_tokenizer(folder):
+    """Write a RoBERTa tokenizer (byte-level BPE) trained on the tiny sentences, and return it."""
+    trained = tokenizers.ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trained.train_from_iterator(sentences(200), vocab_size=400, special_tokens=special, show_progress=False)
+    trained.save_model(str(folder))
+    tokenizer = transformers.RobertaTokenizerFast(
+        str(Path(folder) / "vocab.json"), str(Path(folder) / "merges.txt"), model_max_length=62
+    )
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def make_config(model_type, tokenizer, **changes):
+    """Return a tiny configuration of an architecture."""
+    config = transformers.CONFIG_MAPPING[model_type]()
+    for name, value in {**SIZES, "vocab_size": len(tokenizer), **changes}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    config.pad_token_id = tokenizer.pad_token_id
+    return config
+
+
+def make_model(folder, model_type="bert", seed=0, **changes):
+    """Write a tiny model folder with weights and tokenizer, and return the folder as a string."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tokenizer = make_byte_level_tokenizer(folder) if model_type == "roberta" else make_tokenizer(folder)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForMaskedLM.from_config(make_config(model_type, tokenizer, **changes))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A tiny BERT folder."""
+    return make_model(tmp_path / "model")
+
+
+def flags(**settings):
+    """Return a command line for settings: True is a flag alone, other values follow their flag."""
+    line = []
+    for name, value in settings.items():
+        line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return line
+
+
+def read_json(*path):
+    """Return the content of a JSON file."""
+    return json.loads(Path(*path).read_text(encoding="utf-8"))
+
+
+def run_script(name, arguments, cwd=None, **environment):
+    """Run a script as a program and return the completed process, output as text."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / f"{name}.py"), *arguments],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )

@@ -1,0 +1,69 @@
+"""Training and evaluation from end to end, through `main`."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import flags, read_json
+
+RESULT_KEYS = {
+    "train": {
+        "epoch",
+        "total_flos",
+        "train_loss",
+        "train_runtime",
+        "train_samples",
+        "train_samples_per_second",
+        "train_steps_per_second",
+        "train_tokens_per_second",
+    },
+    "eval": {
+        "epoch",
+        "eval_accuracy",
+        "eval_loss",
+        "eval_runtime",
+        "eval_samples",
+        "eval_samples_per_second",
+        "eval_steps_per_second",
+        "eval_tokens_per_second",
+        "perplexity",
+    },
+}
+
+
+@pytest.mark.parametrize("line_by_line", ["true", "false"])
+def test_fine_tuning_learns_and_writes_all_results(script, text_files, model_folder, tmp_path, line_by_line):
+    before = script.main(
+        flags(model_name_or_path=model_folder, do_eval=True, output_dir=tmp_path / "before", line_by_line=line_by_line)
+        + flags(max_seq_length=16, **text_files)
+    )
+    output = tmp_path / "output"
+    metrics = script.main(
+        flags(model_name_or_path=model_folder, output_dir=output, do_train=True, do_eval=True, max_seq_length=16)
+        + flags(line_by_line=line_by_line, learning_rate=5e-3, lr_scheduler_type="linear", num_train_epochs=4)
+        + flags(logging_steps=5, **text_files)
+    )
+    assert metrics["eval_loss"] < before["eval_loss"] - 0.5
+    for split, keys in RESULT_KEYS.items():
+        results = read_json(output, f"{split}_results.json")
+        assert set(results) == keys
+        assert results.items() <= metrics.items()
+    assert set(read_json(output, "all_results.json")) == RESULT_KEYS["train"] | RESULT_KEYS["eval"]
+    state = read_json(output, "trainer_state.json")
+    assert state["global_step"] == state["max_steps"] > 0
+    assert {"loss", "grad_norm", "learning_rate", "epoch", "step"} <= set(state["log_history"][0])
+    assert (Path(output) / "model.safetensors").exists()
+
+
+def test_result_folder_is_an_ordinary_transformers_folder(script, text_files, model_folder, tmp_path):
+    output = tmp_path / "output"
+    script.main(
+        flags(model_name_or_path=model_folder, output_dir=output, do_train=True, max_steps=2, max_seq_length=16)
+        + flags(**text_files)
+    )
+    _, loading = transformers.AutoModelForMaskedLM.from_pretrained(output, output_loading_info=True)
+    assert not any(loading.values())
+    fill = transformers.pipeline("fill-mask", model=str(output), device="cpu")
+    guesses = fill("the baker bakes [MASK] every morning .", top_k=3)
+    assert len(guesses) == 3
+    assert read_json(output, "config.json")["architectures"] == ["BertForMaskedLM"]
