@@ -6,11 +6,15 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 # Before any import of the libraries that read them.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # Two test processes share two cores.
+# Workers and subprocesses inherit these from the first process: a step of one shape is compiled once for all tests.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import datasets
 import pytest
