@@ -1,0 +1,147 @@
+"""Masking is BERT's rule, drawn anew for every (seed, epoch, sample index) and for nothing else."""
+
+import math
+
+import numpy as np
+import pytest
+from conftest import make_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import run_mlm
+import run_mlm_flax
+
+MASK, VOCABULARY = 4, 100
+KEYS = st.tuples(st.integers(0, 2**63), st.integers(0, 2**63), st.integers(0, 2**63))
+ROWS = st.lists(st.integers(5, VOCABULARY - 1), min_size=1, max_size=40).map(lambda row: np.array(row, np.int32))
+few = settings(max_examples=40, deadline=None)
+
+
+def masked(script, row, key=(0, 0, 0), special=None, **options):
+    """Return the inputs and labels of one row."""
+    special = np.zeros(len(row), bool) if special is None else special
+    return script.mask_tokens(row, special, script.sample_generator(*key), MASK, VOCABULARY, **options)
+
+
+@pytest.fixture(scope="module")
+def collators(tmp_path_factory):
+    """The collator of each script, with one seed."""
+    tokenizer = make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return (
+        run_mlm.MaskedLMCollator(tokenizer, seed=3, return_tensors="np", mlm_probability=0.4),
+        run_mlm_flax.FlaxDataCollatorForLanguageModeling(tokenizer, seed=3, mlm_probability=0.4),
+    )
+
+
+@few
+@given(KEYS, ROWS)
+def test_both_scripts_draw_the_same(key, row):
+    for one, other in zip(masked(run_mlm, row, key), masked(run_mlm_flax, row, key)):
+        assert one.dtype == other.dtype == np.int32
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("changed", [0, 1, 2])
+def test_another_seed_epoch_or_index_draws_other_masks(script, changed):
+    row = np.arange(200, dtype=np.int32) % (VOCABULARY - 5) + 5
+    key = [7, 1, 20]
+    before = masked(script, row, key)[1]
+    key[changed] += 1
+    assert (before != masked(script, row, key)[1]).sum() > 10
+
+
+@few
+@given(ROWS, st.data())
+def test_labels_are_the_hidden_tokens_and_special_tokens_are_never_chosen(row, data):
+    special = np.array(data.draw(st.lists(st.booleans(), min_size=len(row), max_size=len(row))))
+    for script in (run_mlm, run_mlm_flax):
+        given_row = row.copy()
+        inputs, labels = masked(script, row, special=special, mlm_probability=0.5)
+        np.testing.assert_array_equal(row, given_row)  # The samples are views of the data: never written to.
+        chosen = labels != -100
+        np.testing.assert_array_equal(labels[chosen], row[chosen])
+        np.testing.assert_array_equal(inputs[~chosen], row[~chosen])
+        assert not (chosen & special).any()
+
+
+@few
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 8), st.data())
+def test_masks_do_not_depend_on_the_batch(collators, lengths, batch_size, data):
+    generator = np.random.default_rng(0)
+    samples = [
+        {"input_ids": generator.integers(5, 60, length).astype(np.int32), "epoch": 2, "index": 10 * i}
+        for i, length in enumerate(lengths)
+    ]
+    order = data.draw(st.permutations(range(len(samples))))
+    for collate in collators:
+        alone = [collate([sample]) for sample in samples]
+        for first in range(0, len(order), batch_size):
+            rows = order[first : first + batch_size]
+            batch = collate([samples[i] for i in rows])
+            for place, i in enumerate(rows):
+                for name, array in batch.items():
+                    np.testing.assert_array_equal(array[place, : lengths[i]], alone[i][name][0])
+                assert not batch["attention_mask"][place, lengths[i] :].any()
+                assert (batch["labels"][place, lengths[i] :] == -100).all()
+
+
+@few
+@given(ROWS, st.integers(0, 1000), st.data())
+def test_words_take_the_draw_of_their_first_token(row, index, data):
+    continues = np.array(data.draw(st.lists(st.booleans(), min_size=len(row), max_size=len(row))))
+    for script in (run_mlm, run_mlm_flax):
+        single = masked(script, row, (0, 0, index), mlm_probability=0.5)[1] != -100
+        whole = masked(script, row, (0, 0, index), mlm_probability=0.5, continues_word=continues)[1] != -100
+        first = 0
+        for i in range(len(row)):
+            first = first if continues[i] else i
+            assert whole[i] == single[first]
+
+
+def test_a_special_token_inside_a_word_is_not_chosen(script):
+    row, special = np.arange(5, 9, dtype=np.int32), np.array([False, True, False, False])
+    _, labels = masked(script, row, special=special, mlm_probability=1.0, continues_word=np.array([0, 1, 1, 1], bool))
+    assert labels.tolist() == [5, -100, 7, 8]
+
+
+def test_shares_hold_on_a_million_tokens(script):
+    length = 10**6
+    row = np.full(length, 50, np.int32)
+    inputs, labels = masked(script, row, mlm_probability=0.15)
+    chosen = labels != -100
+
+    def within_five_sigma(hits, draws, probability):
+        return abs(hits - draws * probability) < 5 * math.sqrt(draws * probability * (1 - probability))
+
+    count = int(chosen.sum())
+    assert within_five_sigma(count, length, 0.15)
+    assert within_five_sigma((inputs[chosen] == MASK).sum(), count, 0.8 + 0.1 / VOCABULARY)
+    assert within_five_sigma((inputs[chosen] == 50).sum(), count, 0.1 + 0.1 / VOCABULARY)
+    others = inputs[chosen & (inputs != MASK) & (inputs != 50)]
+    assert within_five_sigma(len(others), count, 0.1 * (VOCABULARY - 2) / VOCABULARY)
+    counts = np.bincount(others, minlength=VOCABULARY)
+    assert len(counts) == VOCABULARY
+    each = np.delete(counts, [MASK, 50])
+    assert all(within_five_sigma(hits, len(others), 1 / len(each)) for hits in each)
+
+
+@pytest.mark.parametrize(("mask", "random", "kept"), [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
+def test_replacement_can_be_all_of_one_kind(script, mask, random, kept):
+    row = np.full(1000, 50, np.int32)
+    inputs, labels = masked(script, row, mlm_probability=1.0, mask_replace_prob=mask, random_replace_prob=random)
+    assert (labels == row).all()
+    assert (inputs == MASK).mean() == mask or random
+    assert (inputs == 50).mean() == kept or random
+    assert len(np.unique(inputs)) > 90 or not random
+
+
+def test_nothing_is_chosen_at_probability_0_and_all_at_1(script):
+    row = np.arange(5, 95, dtype=np.int32)
+    inputs, labels = masked(script, row, mlm_probability=0.0)
+    assert (labels == -100).all() and (inputs == row).all()
+    assert (masked(script, row, mlm_probability=1.0)[1] == row).all()
+
+
+def test_an_empty_row_stays_empty(script):
+    inputs, labels = masked(script, np.empty(0, np.int32))
+    assert len(inputs) == len(labels) == 0
