@@ -1,0 +1,339 @@
+"""Flags, JSON files of flags, and the errors for those that are wrong."""
+
+import dataclasses
+import importlib
+import json
+import os
+
+import pytest
+from conftest import SCRIPTS, flags, run_script
+
+NOTHING_GIVEN = []
+# Documented flags of both scripts: type, default. `output_dir` has none: it is required.
+BOTH = {
+    "model_name_or_path": (str, None),
+    "model_type": (str, None),
+    "config_name": (str, None),
+    "config_overrides": (str, None),
+    "tokenizer_name": (str, None),
+    "cache_dir": (str, None),
+    "use_fast_tokenizer": (bool, True),
+    "model_revision": (str, "main"),
+    "token": (str, None),
+    "use_auth_token": (bool, False),
+    "dataset_name": (str, None),
+    "dataset_config_name": (str, None),
+    "train_file": (str, None),
+    "validation_file": (str, None),
+    "train_ref_file": (str, None),
+    "validation_ref_file": (str, None),
+    "text_column_name": (str, None),
+    "overwrite_cache": (bool, False),
+    "validation_split_percentage": (int, 5),
+    "max_seq_length": (int, None),
+    "preprocessing_num_workers": (int, None),
+    "mlm_probability": (float, 0.15),
+    "pad_to_max_length": (bool, False),
+    "max_train_samples": (int, None),
+    "max_val_samples": (int, None),
+    "output_dir": (str, None),
+    "overwrite_output_dir": (bool, False),
+    "do_train": (bool, False),
+    "do_eval": (bool, False),
+    "gradient_accumulation_steps": (int, 1),
+    "num_train_epochs": (float, 3.0),
+    "max_steps": (int, -1),
+    "learning_rate": (float, 5e-5),
+    "weight_decay": (float, 0.0),
+    "adam_beta1": (float, 0.9),
+    "adam_beta2": (float, 0.999),
+    "adam_epsilon": (float, 1e-8),
+    "max_grad_norm": (float, 1.0),
+    "warmup_steps": (int, 0),
+    "label_smoothing_factor": (float, 0.0),
+    "logging_steps": (int, 500),
+    "seed": (int, 42),
+}
+ONE = {
+    "run_mlm": {
+        "line_by_line": (bool, False),
+        "per_device_train_batch_size": (int, 8),
+        "per_device_eval_batch_size": (int, 8),
+    },
+    "run_mlm_flax": {
+        "line_by_line": (bool, True),
+        "train_batch_size": (int, 8),
+        "eval_batch_size": (int, 8),
+        "lr_scheduler_type": (str, "constant * linear_warmup * rsqrt_decay"),
+    },
+}
+EXAMPLES = {
+    int: ("7", 7),
+    float: ("0.25", 0.25),
+    str: ("constant", "constant"),
+}
+ALIASES = {
+    "max_eval_samples": "max_val_samples",
+    "per_device_train_batch_size": "train_batch_size",
+    "per_device_eval_batch_size": "eval_batch_size",
+}
+
+
+def parse(script, argv):
+    """Return all settings of a command line in one dictionary, without checks of how they go together."""
+    groups = script.build_parser().parse_args_into_dataclasses(argv, look_for_args_file=False)
+    return settings_of(groups)
+
+
+def settings_of(groups):
+    """Return the fields of all groups in one dictionary."""
+    return {item.name: getattr(group, item.name) for group in groups for item in dataclasses.fields(group)}
+
+
+def parse_checked(script, argv):
+    """Return all settings in one dictionary, through `parse_args`."""
+    return settings_of(script.parse_args(argv))
+
+
+@pytest.fixture
+def required(text_files, tmp_path):
+    """The settings that every run needs."""
+    train_file, output_dir = text_files["train_file"], str(tmp_path / "o")
+    return {"model_name_or_path": "some-model", "train_file": train_file, "output_dir": output_dir}
+
+
+@pytest.fixture
+def write_config(tmp_path):
+    """A function that writes an object, or literal text, to a JSON file and returns its path."""
+
+    def write(content):
+        path = tmp_path / "arguments.json"
+        path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def files_below(folder):
+    """Return every file and folder below a folder."""
+    return sorted(folder.rglob("*"))
+
+
+def error_line(script, settings, capsys):
+    """Run `main`, check that it ends with status 2 and one line on stderr, and return that line."""
+    with pytest.raises(SystemExit) as exit_:
+        script.main(flags(**settings))
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+def test_documented_flags_have_their_defaults(script):
+    documented = {**BOTH, **ONE[script.__name__]}
+    settings = parse(script, NOTHING_GIVEN)
+    assert {name: settings[name] for name in documented} == {name: default for name, (_, default) in documented.items()}
+
+
+def test_documented_flags_have_their_types(script):
+    for name, (kind, default) in {**BOTH, **ONE[script.__name__]}.items():
+        if kind is bool:
+            given = {value: parse(script, [f"--{name}", value])[name] for value in ("true", "false")}
+            assert given == {"true": True, "false": False}, name
+            assert parse(script, [f"--{name}"])[name] is True, name
+            if default:
+                assert parse(script, [f"--no_{name}"])[name] is False, name
+        else:
+            text, value = EXAMPLES[kind]
+            parsed = parse(script, [f"--{name}", text])[name]
+            assert (type(parsed), parsed) == (kind, value), name
+
+
+@pytest.mark.parametrize(("first", "second"), ALIASES.items())
+def test_a_flag_has_two_names(script, first, second):
+    before = parse(script, NOTHING_GIVEN)
+    for name in (first, second):
+        after = parse(script, [f"--{name}", "77"])
+        assert {key for key, value in after.items() if value == 77 != before[key]} & {first, second}
+
+
+def test_flags_a_file_and_a_file_with_flags_give_the_same_settings(script, required, write_config):
+    from_flags = parse_checked(script, flags(**required, do_train=True, learning_rate=1e-3, max_seq_length=32))
+    from_file = parse_checked(
+        script, [write_config({**required, "do_train": True, "learning_rate": 1e-3, "max_seq_length": 32})]
+    )
+    wrong = write_config({**required, "do_train": False, "learning_rate": 5, "max_seq_length": 32})
+    overridden = parse_checked(script, [wrong, *flags(do_train=True, learning_rate=1e-3)])
+    for settings in (from_flags, from_file, overridden):
+        assert (settings["do_train"], settings["learning_rate"], settings["max_seq_length"]) == (True, 1e-3, 32)
+        settings.pop("logging_dir", None)  # Holds the time of day.
+    assert from_flags == from_file == overridden
+
+
+def test_null_in_a_file_is_the_default_and_false_is_false(script, required, write_config):
+    null = {"mlm_probability": None, "max_seq_length": None}
+    false = {"use_fast_tokenizer": False, "line_by_line": False}
+    settings = parse_checked(script, [write_config({**required, **null, **false})])
+    assert settings["mlm_probability"] == 0.15
+    assert settings["max_seq_length"] is None
+    assert settings["use_fast_tokenizer"] is False
+    assert settings["line_by_line"] is False
+
+
+def test_text_in_a_file_is_taken_literally(script, required, write_config):
+    odd = {"cache_dir": "a folder/with = and --dashes", "text_column_name": "--text", "tokenizer_name": "Größe 字"}
+    settings = parse_checked(script, [write_config({**required, **odd})])
+    assert {name: settings[name] for name in odd} == odd
+
+
+def test_lists_and_nested_objects_in_a_file_reach_the_trainer(required, write_config):
+    run_mlm = importlib.import_module("run_mlm")
+    path = write_config({**required, "label_names": ["labels", "more"], "lr_scheduler_kwargs": {"num_cycles": 2}})
+    settings = parse_checked(run_mlm, [path])
+    assert settings["label_names"] == ["labels", "more"]
+    assert settings["lr_scheduler_kwargs"] == {"num_cycles": 2}
+    assert parse_checked(run_mlm, [path, "--label_names", "labels"])["label_names"] == ["labels"]
+
+
+def test_one_file_serves_both_scripts(required, write_config):
+    content = {
+        **required,
+        "do_train": True,
+        "do_eval": True,
+        "line_by_line": True,
+        "train_batch_size": 4,
+        "per_device_eval_batch_size": 2,
+        "max_eval_samples": 5,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 3,
+        "model_revision": "v1",
+        "use_auth_token": True,
+    }
+    path = write_config(content)
+    torch_groups, flax_groups = (importlib.import_module(name).parse_args([path]) for name in SCRIPTS)
+    for torch_group, flax_group in zip(torch_groups[:2], flax_groups[:2]):
+        assert dataclasses.asdict(torch_group) == dataclasses.asdict(flax_group)
+    torch_args, flax_args = torch_groups[2], flax_groups[2]
+    assert (torch_args.per_device_train_batch_size, torch_args.per_device_eval_batch_size) == (4, 2)
+    assert (flax_args.train_batch_size, flax_args.eval_batch_size) == (4, 2)
+    assert torch_args.lr_scheduler_type == flax_args.lr_scheduler_type == "linear"
+    assert torch_args.warmup_steps == flax_args.warmup_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('{"max_seq_lenght": 16}', ["max_seq_lenght", "max_seq_length"]),
+        ('{"learningrate": 16}', ["learningrate", "learning_rate"]),
+        ('{"seed": 1,\n "seed": 2}', ["'seed'", "twice"]),
+        ('{"seed": 1,\n "max_steps" 2}', ["line 2", "column 14"]),
+        ("[1, 2]", ["list"]),
+        ('"output"', ["str"]),
+        ("", ["line 1", "column 1"]),
+        ('{"max_seq_length": 16.5}', ["max_seq_length", "16.5"]),
+        ('{"do_train": "perhaps"}', ["do_train", "perhaps"]),
+        ('{"mlm_probability": [0.1, 0.2]}', ["0.2"]),
+    ],
+)
+def test_errors_in_a_file_name_the_place(script, write_config, capsys, content, words):
+    with pytest.raises(SystemExit) as exit_:
+        script.main([write_config(content)])
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    for word in words:
+        assert word in message
+
+
+def test_a_file_that_is_not_there_is_named(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["nowhere/arguments.json"])
+    assert "nowhere/arguments.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("left_out", "changes", "words"),
+    [
+        ("output_dir", {}, ["--output_dir"]),
+        ("model_name_or_path", {}, ["--model_name_or_path", "--model_type"]),
+        ("model_name_or_path", {"model_type": "bert"}, ["--tokenizer_name"]),
+        ("train_file", {}, ["--train_file", "--dataset_name"]),
+        ("train_file", {"validation_file": "v.txt", "do_train": True}, ["--do_train", "--train_file"]),
+        (None, {"model_typ": "bert"}, ["model_typ", "model_type"]),
+        (None, {"max_seq": 16}, ["max_seq", "is not an argument"]),
+        (None, {"max_seq_length": "long"}, ["--max_seq_length", "long"]),
+        (None, {"mlm_probability": 1.5}, ["--mlm_probability", "1.5"]),
+        (None, {"mlm_probability": 0}, ["--mlm_probability", "0"]),
+        (None, {"validation_split_percentage": 100}, ["--validation_split_percentage", "100"]),
+        (None, {"config_overrides": "hidden_size=2"}, ["--config_overrides", "--model_name_or_path"]),
+        (None, {"model_name_or_path": "./nowhere"}, ["./nowhere"]),
+        (None, {"config_name": "./nowhere"}, ["./nowhere"]),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_on_stderr(
+    script, required, tmp_path, monkeypatch, capsys, left_out, changes, words
+):
+    monkeypatch.chdir(tmp_path)
+    settings = {name: value for name, value in required.items() if name != left_out} | changes
+    before = files_below(tmp_path)
+    message = error_line(script, settings, capsys)
+    for word in words:
+        assert word in message
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"train_file": "nowhere.txt"}, {"validation_file": "nowhere.txt"}, {"tokenizer_name": "./nowhere"}],
+)
+def test_input_that_does_not_exist_is_named(script, required, model_folder, tmp_path, capsys, changes):
+    message = error_line(script, required | {"model_name_or_path": model_folder} | changes, capsys)
+    assert "nowhere" in message
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_data_set_that_does_not_exist_is_named(script, model_folder, tmp_path, capsys):
+    settings = {"model_name_or_path": model_folder, "dataset_name": "./nowhere", "output_dir": tmp_path / "o"}
+    assert "nowhere" in error_line(script, settings, capsys)
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_value_without_a_flag_is_named(script, required, capsys):
+    with pytest.raises(SystemExit):
+        script.main([*flags(**required), "bert-base-cased"])
+    assert "bert-base-cased" in capsys.readouterr().err
+
+
+def test_an_abbreviated_flag_is_refused(script, required):
+    with pytest.raises(ValueError, match=r"learning_r .*did you mean learning_rate"):
+        script.parse_args(flags(**required, learning_r=1e-3))
+
+
+def test_a_token_is_not_printed_with_the_settings(script, required):
+    model_args, _, _ = script.parse_args(flags(**required, token="hf_secret"))
+    assert model_args.token == "hf_secret"
+    assert "hf_secret" not in repr(model_args)
+
+
+def test_debugging_shows_the_traceback(script, monkeypatch):
+    monkeypatch.setenv("MLM_DEBUG", "1")
+    with pytest.raises(script.UserError, match="--output_dir"):
+        script.main([])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_error_of_a_program_is_one_line_and_status_2(name, tmp_path):
+    done = run_script(name, ["--output_dir", "output", "--learning_rate", "fast"], cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "--learning_rate" in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_lists_every_documented_flag(name, tmp_path):
+    done = run_script(name, ["--help"], cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    for flag in (*BOTH, *ONE[name], *ALIASES, *ALIASES.values()):
+        assert f"--{flag} " in done.stdout, flag
