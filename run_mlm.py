@@ -19,16 +19,22 @@ Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked
 # ---------------------------------------------------------------------------------------------------------------------
 import contextlib
 import difflib
+import errno
 import functools
 import glob
+import hashlib
 import inspect
 import json
 import logging
 import math
 import os
+import re
+import shutil
+import signal
 import sys
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Optional
 
 import datasets
@@ -45,10 +51,10 @@ from transformers import (
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     Trainer,
+    TrainerCallback,
     set_seed,
 )
 from transformers.hf_argparser import HfArg, HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import check_min_version
 from transformers.utils.versions import require_version
 
@@ -63,6 +69,9 @@ LINE_BY_LINE_DEFAULT = False  # The documented default of this script: texts are
 FILE_FORMATS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits are usually "no limit", and attention is quadratic.
 IGNORED_LABEL = -100
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none leaves this much.
+UNFINISHED = ".unfinished"  # Where a checkpoint or a model is written before it is renamed into place.
 EVAL_EPOCH = 2**63  # No training epoch: evaluation draws its own masks, the same ones every time.
 LENGTH_WINDOW = 50  # Batches sorted by length together: enough for like lengths, few enough to stay random.
 
@@ -302,7 +311,7 @@ def exit_on_user_error(main):
 
 
 def prepare_output_dir(training_args):
-    """Return the checkpoint folder to resume from, or None; the log says which.
+    """Return the checkpoint folder to resume from, or None to start anew; the log says which.
 
     Raises `UserError` when training would write over results that are not a checkpoint's, unless told to.
     """
@@ -312,10 +321,16 @@ def prepare_output_dir(training_args):
     if not training_args.do_train:
         return None
     if training_args.resume_from_checkpoint:
+        damage = checkpoint_damage(training_args.resume_from_checkpoint)
+        if damage:
+            raise UserError(f"--resume_from_checkpoint {training_args.resume_from_checkpoint}: {damage}; name another")
+        logger.info(f"Resuming from {training_args.resume_from_checkpoint}.")
         return training_args.resume_from_checkpoint
-    if training_args.overwrite_output_dir or not os.path.isdir(folder) or not os.listdir(folder):
+    content = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    if training_args.overwrite_output_dir or content <= {UNFINISHED, "logs", "runs"}:
+        logger.info(f"Starting anew in {folder}.")
         return None
-    checkpoint = get_last_checkpoint(folder)
+    checkpoint = find_checkpoint(folder)
     if checkpoint is None:
         raise UserError(
             f"--output_dir {folder} is not empty and holds no checkpoint; name another folder, "
@@ -861,6 +876,37 @@ class MaskedLMTrainer(Trainer):
         super().__init__(*args, compute_metrics=masked_lm_metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
         self.dense_head = dense_head or self.args.n_gpu > 1  # DataParallel splits the batch behind our back.
+        self.first_step = self.reported_step = 0
+        self.reported_loss = 0.0
+
+    def log(self, logs, *args, **kwargs):
+        """Report as the Trainer does, but the loss unrounded, and the speed of the steps that this process made."""
+        if "loss" in logs:
+            total, step = self._total_loss_scalar, self.state.global_step
+            logs["loss"] = (total - self.reported_loss) / (step - self.reported_step)
+            self.reported_loss, self.reported_step = total, step
+        if "train_loss" in logs and self.first_step:
+            logs["train_loss"] = mean_logged_loss(self.state.log_history)
+            for name in ("train_samples_per_second", "train_steps_per_second"):
+                logs[name] = round(logs[name] * (1 - self.first_step / self.state.max_steps), 3)
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        # Written beside and renamed: a folder named checkpoint-N is whole at any moment.
+        folder = self.args.output_dir
+        with staging(folder) if self.args.should_save else contextlib.nullcontext():
+            self.accelerator.wait_for_everyone()
+            self._get_output_dir = lambda trial: os.path.join(folder, UNFINISHED)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                del self._get_output_dir
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                staged = os.path.join(folder, UNFINISHED, f"checkpoint-{self.state.global_step}")
+                best = self.state.best_model_checkpoint
+                publish_checkpoint(staged, folder, self.args.save_total_limit, best)
+        self.accelerator.wait_for_everyone()
 
     def _get_train_sampler(self, train_dataset=None):
         # A batch of like lengths is one step's, so that it does not depend on how the step is split.
@@ -904,6 +950,25 @@ class MaskedLMTrainer(Trainer):
         scores = torch.stack([losses, (logits.argmax(-1) == labels).float()], dim=1)
         sums = scores.new_zeros(len(labelled), 2).index_add_(0, labelled.nonzero()[:, 0], scores)
         return None, sums, labelled.sum(1)
+
+
+class StepBoundary(TrainerCallback):
+    """Notes where a run begins, and ends it at the next step boundary, checkpoint saved, after a signal to stop."""
+
+    def __init__(self, trainer, signals):
+        self.trainer = trainer
+        self.signals = signals
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Note the first step, which is not 0 after a resume."""
+        self.trainer.first_step = self.trainer.reported_step = state.global_step
+        self.trainer.reported_loss = 0.0
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Save and stop if a signal came."""
+        if self.signals.received:
+            control.should_save = control.should_training_stop = True
+        return control
 
 
 def masked_lm_metrics(prediction):
@@ -972,6 +1037,144 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. Run
 # ---------------------------------------------------------------------------------------------------------------------
+def write_json(path, content):
+    """Write a JSON file that is either there as a whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+        file.write("\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def write_results(folder, split, metrics):
+    """Write `{split}_results.json` and add the metrics to `all_results.json`."""
+    everything = {}
+    path = os.path.join(folder, "all_results.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            everything = json.load(file)
+    write_json(os.path.join(folder, f"{split}_results.json"), metrics)
+    write_json(path, everything | metrics)
+
+
+def mean_logged_loss(log_history):
+    """Return the mean training loss of the steps that a log history reports on."""
+    logged = [(0, 0.0)] + [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    steps = np.diff([step for step, _ in logged])
+    return float(np.average([loss for _, loss in logged[1:]], weights=steps)) if len(steps) else 0.0
+
+
+def list_checkpoints(folder):
+    """Return the (step, path) pairs of the checkpoint folders, oldest first."""
+    names = [CHECKPOINT.fullmatch(name) for name in os.listdir(folder)]
+    return sorted((int(name[1]), os.path.join(folder, name[0])) for name in names if name)
+
+
+def checksums(folder):
+    """Return {file name: SHA-256} of the files of a folder."""
+    sums = {}
+    for name in sorted(os.listdir(folder)):
+        if name != "checksums.json" and os.path.isfile(os.path.join(folder, name)):
+            with open(os.path.join(folder, name), "rb") as file:
+                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def checkpoint_damage(folder):
+    """Return what is wrong with a checkpoint folder, or None; without checksums only that its state can be read."""
+    try:
+        with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:
+            json.load(file)
+        path = os.path.join(folder, "checksums.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                expected = json.load(file)
+            found = checksums(folder)
+            wrong = [name for name in expected if found.get(name) != expected[name]]
+            return f"{', '.join(wrong)} damaged or missing" if wrong else None
+    except (OSError, ValueError) as error:
+        return f"not a whole checkpoint ({error})"
+    return None
+
+
+def find_checkpoint(folder):
+    """Return the newest whole checkpoint of a folder, or None where there is no checkpoint at all.
+
+    Warns of damaged ones on the way; raises `UserError` when all are.
+    """
+    if os.path.exists(os.path.join(folder, UNFINISHED)):
+        logger.warning(f"{os.path.join(folder, UNFINISHED)}: a checkpoint that was never finished is ignored.")
+    checkpoints = list_checkpoints(folder)
+    for _, path in reversed(checkpoints):
+        damage = checkpoint_damage(path)
+        if damage is None:
+            return path
+        logger.warning(f"{path} is skipped: {damage}.")
+    if checkpoints:
+        raise UserError(f"--output_dir {folder}: every checkpoint is damaged; start anew with --overwrite_output_dir")
+    return None
+
+
+def publish_checkpoint(staged, folder, limit=None, protected=None):
+    """Move a finished checkpoint folder into `folder`, then delete the oldest ones beyond `limit`."""
+    write_json(os.path.join(staged, "checksums.json"), checksums(staged))
+    target = os.path.join(folder, os.path.basename(staged))
+    shutil.rmtree(target, ignore_errors=True)  # A damaged one that was skipped.
+    os.replace(staged, target)
+    newest = int(CHECKPOINT.fullmatch(os.path.basename(target))[1])
+    older = [path for step, path in list_checkpoints(folder) if step < newest and path != protected]
+    for path in older[: len(older) + 1 - limit] if limit else []:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def publish_files(staged, folder):
+    """Move the files of a finished folder into `folder`, one by one."""
+    for name in os.listdir(staged):
+        os.replace(os.path.join(staged, name), os.path.join(folder, name))
+    os.rmdir(staged)
+
+
+@contextlib.contextmanager
+def staging(folder):
+    """Within, an empty folder to write in beside the results; it is gone after that, whatever happens.
+
+    Raises `UserError` when the disk is full: what was there before is still there.
+    """
+    path = os.path.join(folder, UNFINISHED)
+    shutil.rmtree(path, ignore_errors=True)
+    try:
+        os.makedirs(path)
+        yield path
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(folder).free < DISK_FULL:
+            raise UserError(
+                f"--output_dir {folder}: no space left on the disk; earlier checkpoints are whole: free some space "
+                "and run again to resume"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class StopSignals:
+    """Within, SIGTERM and SIGINT are noted in `received` instead of ending the process; a second one ends it."""
+
+    def __enter__(self):
+        self.received = None
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, number, frame):
+        """Handle a signal."""
+        self.received = number
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
 def setup_logging(training_args):
     """Send this script's and the Trainer's messages to stdout, from the main process only."""
     level = logging.INFO if training_args.should_log else logging.ERROR
@@ -1057,13 +1260,38 @@ def log_guesses(tokenizer, sentences, logits):
 
 
 def train(trainer, checkpoint):
-    """Train, save the model and the tokenizer, and return the training metrics."""
-    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-    trainer.save_model()
-    dataset = trainer.train_dataset
+    """Train, save the model and the tokenizer, and return the training metrics.
+
+    Exits with status 128 + signal, checkpoint saved, when SIGTERM or SIGINT stops the training.
+    """
+    args, dataset = trainer.args, trainer.train_dataset
+    if checkpoint is None and args.should_save and os.path.isdir(args.output_dir):
+        for _, path in list_checkpoints(args.output_dir):
+            shutil.rmtree(path)  # --overwrite_output_dir: what is left of another run must not be resumed later.
+    with StopSignals() as signals:
+        trainer.add_callback(StepBoundary(trainer, signals))
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if signals.received:
+        logger.info(
+            f"Stopped by signal {signals.received}; the checkpoint of step {trainer.state.global_step} is saved."
+        )
+        raise SystemExit(128 + signals.received)
+    save_model(trainer)
     metrics["train_samples"] = len(dataset)
     metrics["train_tokens_per_second"] = round(metrics["train_samples_per_second"] * dataset.num_tokens / len(dataset))
     return metrics
+
+
+def save_model(trainer):
+    """Write model and tokenizer to the output folder, each file renamed into place when it is whole."""
+    folder = trainer.args.output_dir
+    with staging(folder) if trainer.args.should_save else contextlib.nullcontext():
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(os.path.join(folder, UNFINISHED, "model"))
+        trainer.accelerator.wait_for_everyone()
+        if trainer.args.should_save:
+            publish_files(os.path.join(folder, UNFINISHED, "model"), folder)
+    trainer.accelerator.wait_for_everyone()
 
 
 def evaluate(trainer):
@@ -1078,9 +1306,12 @@ def evaluate(trainer):
 
 def save_results(trainer, split, metrics):
     """Log the metrics of a split and write `{split}_results.json`, `all_results.json` and `trainer_state.json`."""
+    if not trainer.is_world_process_zero():
+        return
     trainer.log_metrics(split, metrics)
-    trainer.save_metrics(split, metrics)
-    trainer.save_state()
+    os.makedirs(trainer.args.output_dir, exist_ok=True)
+    write_results(trainer.args.output_dir, split, metrics)
+    write_json(os.path.join(trainer.args.output_dir, "trainer_state.json"), asdict(trainer.state))
 
 
 def show_guesses(trainer, tokenizer):

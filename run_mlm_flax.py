@@ -19,17 +19,24 @@ A accumulated micro-batches, D devices.
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Imports and constants
 # ---------------------------------------------------------------------------------------------------------------------
+import contextlib
 import copy
 import difflib
+import errno
 import functools
 import glob
+import hashlib
 import inspect
 import itertools
 import json
 import logging
 import math
 import os
+import re
+import shutil
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -44,12 +51,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pyarrow as pa
-from flax import jax_utils
+from flax import jax_utils, serialization
 from flax import linen as nn
 from flax.training import train_state
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import (
     CONFIG_MAPPING,
@@ -85,6 +92,9 @@ MAX_SHAPES = 6  # Lengths that line-by-line batches are padded to: each one is a
 FILE_FORMATS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits are usually "no limit", and attention is quadratic.
 IGNORED_LABEL = -100
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none leaves this much.
+UNFINISHED = ".unfinished"  # Where a checkpoint or a model is written before it is renamed into place.
 EVAL_EPOCH = 2**63  # No training epoch: evaluation draws its own masks, the same ones every time.
 LENGTH_WINDOW = 50  # Batches sorted by length together: enough for like lengths, few enough to stay random.
 
@@ -213,12 +223,19 @@ class TrainingArguments:
     eval_strategy: str = HfArg(default="epoch", help="Evaluate while training: no, every epoch, or every eval_steps.")
     eval_steps: int = HfArg(default=500, help="Steps between evaluations if eval_strategy is steps.")
     logging_steps: int = HfArg(default=500, help="Steps between reports of the training loss.")
+    save_strategy: str = HfArg(default="steps", help="Checkpoints: no, every epoch, or every save_steps.")
+    save_steps: int = HfArg(default=500, help="Steps between checkpoints if save_strategy is steps.")
+    save_total_limit: Optional[int] = HfArg(default=None, help="Keep so many checkpoints, the newest.")
+    resume_from_checkpoint: Optional[str] = HfArg(
+        default=None, help="Checkpoint folder to resume from (default: the newest whole one in output_dir)."
+    )
     seed: int = HfArg(default=42, help="Seed of new weights, dropout, order and masks.")
     bf16: bool = HfArg(default=False, help="Compute in bfloat16; the weights stay float32.")
 
     def __post_init__(self):
-        if self.eval_strategy not in ("no", "steps", "epoch"):
-            raise ValueError(f"--eval_strategy {self.eval_strategy} must be no, steps or epoch")
+        for name in ("eval_strategy", "save_strategy"):
+            if getattr(self, name) not in ("no", "steps", "epoch"):
+                raise ValueError(f"--{name} {getattr(self, name)} must be no, steps or epoch")
         if self.lr_scheduler_type not in SCHEDULES:
             create_learning_rate_scheduler(self.lr_scheduler_type)  # Raises a ValueError that names the wrong factor.
 
@@ -355,15 +372,33 @@ def exit_on_user_error(main):
 
 
 def prepare_output_dir(training_args):
-    """Raise `UserError` when training would write over results, unless told to."""
+    """Return the checkpoint folder to resume from, or None to start anew; the log says which.
+
+    Raises `UserError` when training would write over results that are not a checkpoint's, unless told to.
+    """
     folder = training_args.output_dir
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise UserError(f"--output_dir {folder} is a file; name a folder")
-    used = os.path.isdir(folder) and os.listdir(folder)
-    if training_args.do_train and used and not training_args.overwrite_output_dir:
+    if not training_args.do_train:
+        return None
+    if training_args.resume_from_checkpoint:
+        damage = checkpoint_damage(training_args.resume_from_checkpoint)
+        if damage:
+            raise UserError(f"--resume_from_checkpoint {training_args.resume_from_checkpoint}: {damage}; name another")
+        logger.info(f"Resuming from {training_args.resume_from_checkpoint}.")
+        return training_args.resume_from_checkpoint
+    content = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    if training_args.overwrite_output_dir or content <= {UNFINISHED, "logs", "runs"}:
+        logger.info(f"Starting anew in {folder}.")
+        return None
+    checkpoint = find_checkpoint(folder)
+    if checkpoint is None:
         raise UserError(
-            f"--output_dir {folder} is not empty; name another folder, or write over it with --overwrite_output_dir"
+            f"--output_dir {folder} is not empty and holds no checkpoint; name another folder, "
+            "or write over it with --overwrite_output_dir"
         )
+    logger.info(f"Resuming from {checkpoint}; --overwrite_output_dir or another --output_dir starts anew.")
+    return checkpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -844,14 +879,27 @@ def resize_vocabulary(model, size):
     return resized
 
 
+def pytorch_names(params):
+    """Return {path of a parameter: its name in the PyTorch model}."""
+    leaves = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
+    return {path: ".".join([*path[:-1], leaves.get(path[-1], path[-1])]) for path in flatten_dict(params)}
+
+
 def pytorch_state_dict(params):
     """Return the parameters under the names and in the layout of the PyTorch model: {name: array}."""
-    names = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
-    state = {}
-    for path, value in flatten_dict(jax.device_get(params)).items():
-        name = ".".join([*path[:-1], names.get(path[-1], path[-1])])
-        state[name] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
-    return state
+    params = jax.device_get(params)
+    values = flatten_dict(params)
+    return {
+        name: np.ascontiguousarray(values[path].T if path[-1] == "kernel" else values[path])
+        for path, name in pytorch_names(params).items()
+    }
+
+
+def flax_params(state, template):
+    """Return the parameters that `pytorch_state_dict` gave `state`, in the tree of `template`."""
+    names = pytorch_names(template)
+    leaves = {path: state[name].T if path[-1] == "kernel" else state[name] for path, name in names.items()}
+    return unflatten_dict(leaves)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1110,6 +1158,144 @@ def select_labels(labels, slots):
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. Run
 # ---------------------------------------------------------------------------------------------------------------------
+def write_json(path, content):
+    """Write a JSON file that is either there as a whole or not at all."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=2, sort_keys=True)
+        file.write("\n")
+    os.replace(f"{path}.tmp", path)
+
+
+def write_results(folder, split, metrics):
+    """Write `{split}_results.json` and add the metrics to `all_results.json`."""
+    everything = {}
+    path = os.path.join(folder, "all_results.json")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            everything = json.load(file)
+    write_json(os.path.join(folder, f"{split}_results.json"), metrics)
+    write_json(path, everything | metrics)
+
+
+def mean_logged_loss(log_history):
+    """Return the mean training loss of the steps that a log history reports on."""
+    logged = [(0, 0.0)] + [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
+    steps = np.diff([step for step, _ in logged])
+    return float(np.average([loss for _, loss in logged[1:]], weights=steps)) if len(steps) else 0.0
+
+
+def list_checkpoints(folder):
+    """Return the (step, path) pairs of the checkpoint folders, oldest first."""
+    names = [CHECKPOINT.fullmatch(name) for name in os.listdir(folder)]
+    return sorted((int(name[1]), os.path.join(folder, name[0])) for name in names if name)
+
+
+def checksums(folder):
+    """Return {file name: SHA-256} of the files of a folder."""
+    sums = {}
+    for name in sorted(os.listdir(folder)):
+        if name != "checksums.json" and os.path.isfile(os.path.join(folder, name)):
+            with open(os.path.join(folder, name), "rb") as file:
+                sums[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return sums
+
+
+def checkpoint_damage(folder):
+    """Return what is wrong with a checkpoint folder, or None; without checksums only that its state can be read."""
+    try:
+        with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:
+            json.load(file)
+        path = os.path.join(folder, "checksums.json")
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                expected = json.load(file)
+            found = checksums(folder)
+            wrong = [name for name in expected if found.get(name) != expected[name]]
+            return f"{', '.join(wrong)} damaged or missing" if wrong else None
+    except (OSError, ValueError) as error:
+        return f"not a whole checkpoint ({error})"
+    return None
+
+
+def find_checkpoint(folder):
+    """Return the newest whole checkpoint of a folder, or None where there is no checkpoint at all.
+
+    Warns of damaged ones on the way; raises `UserError` when all are.
+    """
+    if os.path.exists(os.path.join(folder, UNFINISHED)):
+        logger.warning(f"{os.path.join(folder, UNFINISHED)}: a checkpoint that was never finished is ignored.")
+    checkpoints = list_checkpoints(folder)
+    for _, path in reversed(checkpoints):
+        damage = checkpoint_damage(path)
+        if damage is None:
+            return path
+        logger.warning(f"{path} is skipped: {damage}.")
+    if checkpoints:
+        raise UserError(f"--output_dir {folder}: every checkpoint is damaged; start anew with --overwrite_output_dir")
+    return None
+
+
+def publish_checkpoint(staged, folder, limit=None, protected=None):
+    """Move a finished checkpoint folder into `folder`, then delete the oldest ones beyond `limit`."""
+    write_json(os.path.join(staged, "checksums.json"), checksums(staged))
+    target = os.path.join(folder, os.path.basename(staged))
+    shutil.rmtree(target, ignore_errors=True)  # A damaged one that was skipped.
+    os.replace(staged, target)
+    newest = int(CHECKPOINT.fullmatch(os.path.basename(target))[1])
+    older = [path for step, path in list_checkpoints(folder) if step < newest and path != protected]
+    for path in older[: len(older) + 1 - limit] if limit else []:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def publish_files(staged, folder):
+    """Move the files of a finished folder into `folder`, one by one."""
+    for name in os.listdir(staged):
+        os.replace(os.path.join(staged, name), os.path.join(folder, name))
+    os.rmdir(staged)
+
+
+@contextlib.contextmanager
+def staging(folder):
+    """Within, an empty folder to write in beside the results; it is gone after that, whatever happens.
+
+    Raises `UserError` when the disk is full: what was there before is still there.
+    """
+    path = os.path.join(folder, UNFINISHED)
+    shutil.rmtree(path, ignore_errors=True)
+    try:
+        os.makedirs(path)
+        yield path
+    except Exception as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(folder).free < DISK_FULL:
+            raise UserError(
+                f"--output_dir {folder}: no space left on the disk; earlier checkpoints are whole: free some space "
+                "and run again to resume"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class StopSignals:
+    """Within, SIGTERM and SIGINT are noted in `received` instead of ending the process; a second one ends it."""
+
+    def __enter__(self):
+        self.received = None
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def note(self, number, frame):
+        """Handle a signal."""
+        self.received = number
+        signal.signal(number, self.previous[number])
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+
 @dataclass
 class Run:
     """What a training run is made of, and where it is."""
@@ -1124,6 +1310,7 @@ class Run:
     dense_head: bool
     writer: SummaryWriter
     step: int = 0
+    first_step: int = 0  # Not 0 after a resume.
     log_history: list = field(default_factory=list)
     seen_shapes: set = field(default_factory=set)
 
@@ -1317,56 +1504,93 @@ def setup_logging(training_args):
 
 
 def training_order(run):
-    """Yield the sample keys of every optimizer step, epoch after epoch without end."""
+    """Yield the sample keys of the optimizer steps to come, epoch after epoch without end."""
     args, dataset = run.args, run.tokenized["train"]
-    for epoch in itertools.count():
+    done_epochs, done_steps = divmod(run.step, run.steps_per_epoch)
+    for epoch in itertools.count(done_epochs):
         order = epoch_permutation(args.seed, epoch, len(dataset))
         if args.group_by_length:
             order = group_by_length(order, dataset.lengths, run.step_samples)
         batches = generate_batch_splits(order, args.train_batch_size * jax.device_count(), args.dataloader_drop_last)
         for first in range(0, len(batches), args.gradient_accumulation_steps):
-            yield epoch * len(dataset) + np.concatenate(batches[first : first + args.gradient_accumulation_steps])
+            if epoch > done_epochs or first >= done_steps * args.gradient_accumulation_steps:
+                yield epoch * len(dataset) + np.concatenate(batches[first : first + args.gradient_accumulation_steps])
 
 
-def train(run):
-    """Train, save the model and the tokenizer, and return (parameters on every device, the training metrics)."""
-    args, dataset = run.args, run.tokenized["train"]
+def create_training_state(run, checkpoint):
+    """Return (optimizer, dropout_rngs) of the first step, or as the checkpoint has them, on every device."""
+    params, tx = run.model.params, create_optimizer(run.args, run.schedule)
+    dropout_rngs = jax.random.split(jax.random.PRNGKey(run.args.seed), jax.local_device_count())
+    if checkpoint:
+        params = flax_params(load_file(os.path.join(checkpoint, "model.safetensors")), params)
+    optimizer = Optimizer.create(apply_fn=run.apply_fn, params=params, tx=tx, grad_norm=jnp.zeros(()))
+    if checkpoint:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            state = json.load(file)
+        run.step = run.first_step = state["global_step"]
+        run.log_history = state["log_history"]
+        with open(os.path.join(checkpoint, "optimizer.msgpack"), "rb") as file:
+            saved = serialization.from_bytes((optimizer.opt_state, dropout_rngs), file.read())
+        optimizer = optimizer.replace(step=run.step, opt_state=saved[0])
+        dropout_rngs = jnp.asarray(saved[1])
+    return jax_utils.replicate(optimizer), dropout_rngs
+
+
+def is_due(run, strategy, interval):
+    """Return whether this step is one to evaluate or save at."""
+    interval = {"no": 0, "steps": interval, "epoch": run.steps_per_epoch}[strategy]
+    return interval and (run.step % interval == 0 or run.step == run.num_steps)
+
+
+def train(run, checkpoint):
+    """Train, save the model and the tokenizer, and return (parameters on every device, the training metrics).
+
+    Exits with status 128 + signal, checkpoint saved, when SIGTERM or SIGINT stops the training.
+    """
+    args, dataset, start = run.args, run.tokenized["train"], time.time()
+    if checkpoint is None and os.path.isdir(args.output_dir):
+        for _, path in list_checkpoints(args.output_dir):
+            shutil.rmtree(path)  # --overwrite_output_dir: what is left of another run must not be resumed later.
     step_fn = jax.pmap(
         functools.partial(training_step, label_smoothing=args.label_smoothing_factor), "batch", donate_argnums=(0, 2)
     )
-    optimizer = jax_utils.replicate(
-        Optimizer.create(
-            apply_fn=run.apply_fn,
-            params=run.model.params,
-            tx=create_optimizer(args, run.schedule),
-            grad_norm=jnp.zeros(()),
-        )
-    )
-    dropout_rngs = jax.random.split(jax.random.PRNGKey(args.seed), jax.local_device_count())
-    losses, total_loss, tokens, start = [], 0.0, 0, time.time()
-    for keys in tqdm(
-        itertools.islice(training_order(run), run.num_steps), "Training", run.num_steps, disable=not args.should_log
-    ):
-        batch = run.device_batch(dataset, keys, args.train_batch_size, args.gradient_accumulation_steps)
-        loss, optimizer, dropout_rngs = step_fn(optimizer, batch, dropout_rngs)
-        run.step += 1
-        tokens += batch["input_ids"].size
-        losses.append(loss)
-        if run.step % args.logging_steps == 0 or run.step == run.num_steps:
-            total_loss += log_training(run, losses, optimizer)
-            losses.clear()
-        interval = {"no": 0, "steps": args.eval_steps, "epoch": run.steps_per_epoch}[args.eval_strategy]
-        if args.do_eval and interval and run.step % interval == 0 and run.step < run.num_steps:
-            evaluate(run, optimizer.params)
-    num_samples = run.num_steps * run.step_samples if args.max_steps > 0 else len(dataset) * args.num_train_epochs
+    optimizer, dropout_rngs = create_training_state(run, checkpoint)
+    losses, total_loss, tokens = [], 0.0, 0
+    steps = itertools.islice(training_order(run), run.num_steps - run.step)
+    with StopSignals() as signals:
+        for keys in tqdm(steps, "Training", run.num_steps, initial=run.step, disable=not args.should_log):
+            batch = run.device_batch(dataset, keys, args.train_batch_size, args.gradient_accumulation_steps)
+            loss, optimizer, dropout_rngs = step_fn(optimizer, batch, dropout_rngs)
+            run.step += 1
+            tokens += batch["input_ids"].size
+            losses.append(loss)
+            if run.step % args.logging_steps == 0 or run.step == run.num_steps:
+                total_loss += log_training(run, losses, optimizer)
+                losses.clear()
+            if args.do_eval and is_due(run, args.eval_strategy, args.eval_steps) and run.step < run.num_steps:
+                evaluate(run, optimizer.params)
+            if signals.received or is_due(run, args.save_strategy, args.save_steps):
+                save_checkpoint(run, optimizer, dropout_rngs)
+            if signals.received:
+                logger.info(f"Stopped by signal {signals.received}; the checkpoint of step {run.step} is saved.")
+                raise SystemExit(128 + signals.received)
+    save_model(run, optimizer.params)
+    return optimizer.params, training_metrics(run, total_loss, tokens, start)
+
+
+def training_metrics(run, total_loss, tokens, start):
+    """Return the metrics of the steps made since `start` (seconds since the epoch), named as the Trainer's."""
+    dataset, steps = run.tokenized["train"], run.step - run.first_step
+    num_samples = run.num_steps * run.step_samples
+    if run.args.max_steps <= 0:
+        num_samples = len(dataset) * run.args.num_train_epochs
     metrics = {"epoch": run.step / run.steps_per_epoch}
     metrics["total_flos"] = 6.0 * tokens * num_matrix_parameters(run.model.params)
-    metrics["train_loss"] = total_loss / run.num_steps
-    metrics |= speed_metrics("train", start, num_samples=num_samples, num_steps=run.num_steps)
+    metrics["train_loss"] = mean_logged_loss(run.log_history) if run.first_step else total_loss / steps
+    metrics |= speed_metrics("train", start, num_samples=num_samples * steps / run.num_steps, num_steps=steps)
     metrics["train_samples"] = len(dataset)
     metrics["train_tokens_per_second"] = round(metrics["train_samples_per_second"] * dataset.num_tokens / len(dataset))
-    save_model(run, optimizer.params)
-    return optimizer.params, metrics
+    return metrics
 
 
 def log_training(run, losses, optimizer):
@@ -1401,26 +1625,36 @@ def evaluate(run, params):
     return metrics
 
 
-def write_json(path, content):
-    """Write a JSON file that is either there as a whole or not at all."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
-    os.replace(f"{path}.tmp", path)
-
-
-def save_model(run, params):
+def write_model(run, params, folder):
     """Write model and tokenizer as a Transformers folder that PyTorch and Flax load."""
-    if not run.args.should_log:
-        return
-    folder = run.args.output_dir
     config = copy.deepcopy(run.model.config)
     config.architectures = [type(run.model).__name__.removeprefix("Flax")]
     config.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
-    path = os.path.join(folder, "model.safetensors")
-    save_file(pytorch_state_dict(jax_utils.unreplicate(params)), f"{path}.tmp", metadata={"format": "pt"})
-    os.replace(f"{path}.tmp", path)
+    weights = pytorch_state_dict(jax_utils.unreplicate(params))
+    save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+
+
+def save_model(run, params):
+    """Write model and tokenizer to the output folder, each file renamed into place when it is whole."""
+    if run.args.should_log:
+        with staging(run.args.output_dir) as folder:
+            write_model(run, params, os.path.join(folder, "model"))
+            publish_files(os.path.join(folder, "model"), run.args.output_dir)
+
+
+def save_checkpoint(run, optimizer, dropout_rngs):
+    """Write `checkpoint-N`: the model as an ordinary folder, the optimizer, the dropout keys, the trainer's state."""
+    if not run.args.should_log:
+        return
+    with staging(run.args.output_dir) as folder:
+        staged = os.path.join(folder, f"checkpoint-{run.step}")
+        write_model(run, optimizer.params, staged)
+        state = jax.device_get((jax_utils.unreplicate(optimizer.opt_state), dropout_rngs))
+        with open(os.path.join(staged, "optimizer.msgpack"), "wb") as file:
+            file.write(serialization.to_bytes(state))
+        write_json(os.path.join(staged, "trainer_state.json"), trainer_state(run))
+        publish_checkpoint(staged, run.args.output_dir, run.args.save_total_limit)
 
 
 def save_results(run, split, metrics):
@@ -1429,13 +1663,7 @@ def save_results(run, split, metrics):
         return
     log_summary(f"{split} metrics", {name: metrics[name] for name in sorted(metrics)})
     os.makedirs(run.args.output_dir, exist_ok=True)
-    paths = {name: os.path.join(run.args.output_dir, f"{name}_results.json") for name in (split, "all")}
-    everything = {}
-    if os.path.exists(paths["all"]):
-        with open(paths["all"], encoding="utf-8") as file:
-            everything = json.load(file)
-    write_json(paths[split], metrics)
-    write_json(paths["all"], everything | metrics)
+    write_results(run.args.output_dir, split, metrics)
     write_json(os.path.join(run.args.output_dir, "trainer_state.json"), trainer_state(run))
 
 
@@ -1449,6 +1677,7 @@ def trainer_state(run):
         "train_batch_size": run.args.train_batch_size,
         "logging_steps": run.args.logging_steps,
         "eval_steps": run.args.eval_steps,
+        "save_steps": run.args.save_steps,
         "is_world_process_zero": run.args.should_log,
         "log_history": run.log_history,
     }
@@ -1486,7 +1715,7 @@ def main(argv=None):
     """Run what the arguments ask for and return all metrics."""
     model_args, data_args, training_args = parse_args(argv)
     setup_logging(training_args)
-    prepare_output_dir(training_args)
+    checkpoint = prepare_output_dir(training_args)
     config = load_config(model_args)
     tokenizer = load_tokenizer(model_args)
     max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
@@ -1504,7 +1733,7 @@ def main(argv=None):
     metrics = {}
     if training_args.do_train:
         log_summary("Training", summarize(run))
-        params, train_metrics = train(run)
+        params, train_metrics = train(run, checkpoint)
         save_results(run, "train", train_metrics)
         metrics |= train_metrics
     else:

@@ -1,0 +1,105 @@
+"""Kill a training run again and again: each next start must resume by itself and the end must be the same.
+
+    python tests/kill.py [--script run_mlm_flax] [--kills 20]
+
+Trains a tiny model that writes a checkpoint after every step, ends the process with SIGKILL at random moments, starts
+it again, and compares the final weights with those of a run that was never killed.
+"""
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from conftest import ROOT, SCRIPTS, flags, make_model, sentences, write_lines
+from safetensors.numpy import load_file
+
+
+def command(script, folder, output, steps):
+    """Return the command line of the run: `steps` steps, a checkpoint after each."""
+    return [sys.executable, str(ROOT / f"{script}.py")] + flags(
+        model_name_or_path=folder / "model",
+        train_file=folder / "train.txt",
+        cache_dir=folder / "cache",
+        output_dir=output,
+        do_train=True,
+        max_seq_length=16,
+        train_batch_size=4,
+        max_steps=steps,
+        save_steps=1,
+        save_total_limit=2,
+        lr_scheduler_type="linear",
+        learning_rate=1e-3,
+    )
+
+
+def newest_step(output):
+    """Return the step of the newest checkpoint, 0 where there is none."""
+    return max((int(path.name[11:]) for path in output.glob("checkpoint-*")), default=0)
+
+
+def kill_at_random(script, folder, steps, kills, seed=0):
+    """Return the steps at which `kills` runs of a chain were killed; raises when one fails or the end is different."""
+    rng = random.Random(seed)
+    whole, killed = folder / "whole", folder / "killed"
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
+    subprocess.run(command(script, folder, whole, steps), check=True, env=environment, stdout=subprocess.DEVNULL)
+    moments = []
+    while True:
+        process = subprocess.Popen(
+            command(script, folder, killed, steps),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+        output = iter(lambda process=process: process.stdout.read(1), "")
+        # The time to wait starts with the summary: before that nothing is written, and starting up takes longest.
+        seen = ""
+        while "peak learning rate" not in seen and (character := next(output, None)):
+            seen += character
+        try:
+            rest = process.communicate(timeout=rng.uniform(0, 6) if len(moments) < kills else None)[0]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            moments.append(newest_step(killed))
+            continue
+        if process.returncode:
+            raise RuntimeError(f"after {len(moments)} kills the run failed:\n{seen}{rest}")
+        if len(moments) >= kills:
+            break
+        raise RuntimeError(f"the run ended after {len(moments)} of {kills} kills: give it more steps than {steps}")
+    final = [load_file(path / "model.safetensors") for path in (whole, killed)]
+    different = [name for name in final[0] if final[0][name].tobytes() != final[1][name].tobytes()]
+    if different or final[0].keys() != final[1].keys():
+        raise RuntimeError(f"killed at steps {moments}, the final weights are different: {different}")
+    return moments
+
+
+def prepare(folder):
+    """Write the model and the text that the runs need."""
+    make_model(folder / "model", hidden_dropout_prob=0.1)
+    write_lines(folder / "train.txt", sentences(200))
+
+
+def main():
+    """Run the chain for each script asked for and report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--script", choices=SCRIPTS, action="append", help="which script (default: both)")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=3000)
+    arguments = parser.parse_args()
+    for script in arguments.script or SCRIPTS:
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(Path(folder))
+            moments = kill_at_random(script, Path(folder), arguments.steps, arguments.kills)
+            print(f"{script}: killed {len(moments)} times, at steps {moments}; final weights equal", flush=True)
+
+
+if __name__ == "__main__":
+    main()

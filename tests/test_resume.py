@@ -1,0 +1,155 @@
+"""A run that stops and starts again ends as one that never stopped."""
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from conftest import flags, read_json
+from safetensors.numpy import load_file
+
+VARYING = ("runtime", "per_second", "total_flos", "train_loss")  # The last one is compared by itself.
+
+
+def training_flags(model_folder, text_files, output, **changes):
+    """Return the command line of a run of 12 steps in two epochs, dropout and accumulation on."""
+    settings = {
+        "model_name_or_path": model_folder,
+        "output_dir": output,
+        "do_train": True,
+        "do_eval": True,
+        "max_seq_length": 16,
+        "line_by_line": "false",
+        "train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 12,
+        "max_train_samples": 60,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "logging_steps": 1,
+        "save_steps": 3,
+        "eval_strategy": "epoch",
+        "dropout_rate": 0.1,
+    }
+    return flags(**{**settings, **text_files, **changes})
+
+
+def history(output):
+    """Return the log history without run times."""
+    entries = read_json(output, "trainer_state.json")["log_history"]
+    return [{name: entry[name] for name in entry if not name.endswith(VARYING)} for entry in entries]
+
+
+def weights(folder):
+    """Return the weights of a model folder as bytes."""
+    return {name: array.tobytes() for name, array in load_file(Path(folder) / "model.safetensors").items()}
+
+
+@pytest.mark.parametrize("line_by_line", ["false", "true"])
+@pytest.mark.parametrize("step", [3, 9])
+def test_resumed_run_equals_the_uninterrupted_one(script, model_folder, text_files, tmp_path, line_by_line, step):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    script.main(training_flags(model_folder, text_files, whole, line_by_line=line_by_line))
+    assert {f"checkpoint-{step}" for step in (3, 6, 9, 12)} <= set(os.listdir(whole))
+    shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
+    script.main(training_flags(model_folder, text_files, resumed, line_by_line=line_by_line))
+    assert history(resumed) == history(whole)
+    assert weights(resumed) == weights(whole)
+    results = read_json(resumed, "train_results.json"), read_json(whole, "train_results.json")
+    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-6)
+
+
+def test_damaged_newest_checkpoint_is_skipped_with_a_warning(script, model_folder, text_files, tmp_path, caplog):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    script.main(training_flags(model_folder, text_files, whole))
+    shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-12"))
+    for name, damage in (("checkpoint-9", lambda data: data[: len(data) // 2]), ("checkpoint-6", flip_a_bit)):
+        path = resumed / name / "model.safetensors"
+        path.write_bytes(damage(path.read_bytes()))
+    (resumed / ".unfinished").mkdir()
+    script.main(training_flags(model_folder, text_files, resumed, save_total_limit=1))
+    for name in ("checkpoint-9", "checkpoint-6", ".unfinished"):
+        assert f"{resumed / name}" in caplog.text
+    assert f"Resuming from {resumed / 'checkpoint-3'}" in caplog.text
+    assert weights(resumed) == weights(whole)
+    assert [path.name for path in resumed.glob("checkpoint-*")] == ["checkpoint-12"]
+    assert not (resumed / ".unfinished").exists()
+
+
+def flip_a_bit(data):
+    """Return the data with one bit of its middle byte changed."""
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def test_only_damaged_checkpoints_are_an_error(script, model_folder, text_files, tmp_path, capsys):
+    checkpoint = tmp_path / "output" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    for changes in ({}, {"resume_from_checkpoint": checkpoint}):
+        with pytest.raises(SystemExit, match="2"):
+            script.main(training_flags(model_folder, text_files, tmp_path / "output", **changes))
+        assert "checkpoint" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "output").rglob("*")] == ["checkpoint-3", "model.safetensors"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_at_the_next_step_and_exits(
+    script, model_folder, text_files, tmp_path, monkeypatch, number, status
+):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    script.main(training_flags(model_folder, text_files, whole))
+    fetch = script.TokenizedDataset.__getitem__
+
+    def send_signal(self, key):
+        # The first sample of the second epoch: in the middle of step 8, whatever collects the batch.
+        if key >= len(self) and not self.frozen_masks and not stopped.joinpath("sent").exists():
+            stopped.joinpath("sent").touch()
+            os.kill(os.getpid(), number)
+        return fetch(self, key)
+
+    stopped.mkdir()
+    monkeypatch.setattr(script.TokenizedDataset, "__getitem__", send_signal)
+    handler = signal.getsignal(number)
+    with pytest.raises(SystemExit) as exit_info:
+        script.main(training_flags(model_folder, text_files, stopped, save_strategy="no"))
+    assert exit_info.value.code == status
+    assert signal.getsignal(number) is handler
+    (checkpoint,) = stopped.glob("checkpoint-*")
+    assert 6 < int(checkpoint.name[11:]) < 10
+    assert not (stopped / "train_results.json").exists()
+    (stopped / "sent").unlink()
+    monkeypatch.setattr(script.TokenizedDataset, "__getitem__", fetch)
+    script.main(training_flags(model_folder, text_files, stopped))
+    assert weights(stopped) == weights(whole)
+
+
+def test_output_dir_rules(script, model_folder, text_files, tmp_path, capsys, caplog):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match="2"):
+        script.main(training_flags(model_folder, text_files, output))
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    script.main(training_flags(model_folder, text_files, output, overwrite_output_dir=True))
+    assert "Starting anew" in caplog.text
+    assert (output / "notes.txt").read_text() == "mine"
+    caplog.clear()
+    script.main(training_flags(model_folder, text_files, output))
+    assert f"Resuming from {output / 'checkpoint-12'}" in caplog.text
+    script.main(training_flags(model_folder, text_files, output, overwrite_output_dir=True, save_steps=5))
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == [
+        "checkpoint-10",
+        "checkpoint-12",
+        "checkpoint-5",
+    ]
+
+
+def test_a_model_folder_initialises_and_is_not_resumed(script, model_folder, text_files, tmp_path, caplog):
+    first = tmp_path / "first"
+    script.main(training_flags(model_folder, text_files, first))
+    second = tmp_path / "second"
+    script.main(training_flags(first / "checkpoint-6", text_files, second))
+    assert "Starting anew" in caplog.text.split("Resuming")[-1]
+    assert read_json(second, "trainer_state.json")["log_history"][0]["step"] == 1
