@@ -63,7 +63,7 @@ def kill_at_random(script, folder, steps, kills, seed=0):
         while "peak learning rate" not in seen and (character := next(output, None)):
             seen += character
         try:
-            rest = process.communicate(timeout=rng.uniform(0, 6) if len(moments) < kills else None)[0]
+            rest = process.communicate(timeout=rng.uniform(0, 3) if len(moments) < kills else None)[0]
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
