@@ -1,0 +1,438 @@
+"""Text files and data sets become rows of token ids."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas
+import pytest
+import transformers
+from conftest import SCRIPTS, flags, make_tokenizer, read_json, run_script, sentences, write_lines
+
+LENGTH = 16
+# The csv loader of `datasets` leaves its reader to the garbage collector.
+csv_left_open = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.csv:ResourceWarning")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A tiny WordPiece tokenizer, and beside its files no model."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    return make_tokenizer(folder)
+
+
+def tokenize(script, tokenizer, max_seq_length=LENGTH, **settings):
+    """Return {split: rows of token ids} as a run with these settings sees them."""
+    needed = flags(model_name_or_path="some-model", output_dir="unused")
+    model_args, data_args, _ = script.parse_args(needed + flags(**settings))
+    raw = script.load_raw_datasets(model_args, data_args)
+    return script.tokenize_datasets(raw, tokenizer, data_args, max_seq_length)
+
+
+def rows(dataset):
+    """Return the samples of a data set as lists of token ids."""
+    return [dataset[i]["input_ids"].tolist() for i in range(len(dataset))]
+
+
+def plain_rows(tokenizer, lines, length=LENGTH):
+    """Return the tokenizer's own output, line by line, each at most `length` tokens."""
+    return [tokenizer(line, truncation=True, max_length=length)["input_ids"] for line in lines if line.strip()]
+
+
+def joined_rows(tokenizer, lines, length=LENGTH):
+    """Return the tokenizer's own output for all lines, joined and cut into rows of `length`, the rest dropped."""
+    stream = [token for line in lines for token in tokenizer(line)["input_ids"]]
+    return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+
+
+def write_format(folder, extension, lines, column="text"):
+    """Write lines in one of the formats and return the path."""
+    path = str(folder / f"lines.{extension}")
+    frame = pandas.DataFrame({"number": range(len(lines)), column: lines})
+    if extension == "txt":
+        write_lines(path, lines)
+    elif extension == "csv":
+        frame.to_csv(path, index=False)
+    elif extension == "parquet":
+        frame.to_parquet(path, index=False)
+    elif extension == "json":
+        frame.to_json(path, orient="records")
+    else:
+        frame.to_json(path, orient="records", lines=True)
+    return path
+
+
+@pytest.fixture
+def count_encoded(monkeypatch):
+    """A list that grows by the number of texts whenever either script really tokenizes some."""
+    counts = []
+    for name in SCRIPTS:
+        encoder = importlib.import_module(name).TextEncoder
+
+        def counted(self, texts, encode=encoder.encode):
+            counts.append(len(texts))
+            return encode(self, texts)
+
+        monkeypatch.setattr(encoder, "encode", counted)
+    return counts
+
+
+@csv_left_open
+@pytest.mark.parametrize("extension", ["txt", "csv", "json", "jsonl", "parquet"])
+@pytest.mark.parametrize("line_by_line", ["true", "false"])
+def test_every_format_gives_the_tokens_of_its_text(script, tokenizer, tmp_path, extension, line_by_line):
+    lines = ['a baker, "old" and new', *sentences(30)]
+    path = write_format(tmp_path, extension, lines)
+    tokenized = tokenize(script, tokenizer, validation_file=path, line_by_line=line_by_line)
+    expected = plain_rows if line_by_line == "true" else joined_rows
+    assert set(tokenized) == {"validation"}
+    assert rows(tokenized["validation"]) == expected(tokenizer, lines)
+
+
+@csv_left_open
+def test_text_is_the_named_column_or_text_or_the_first(script, tokenizer, tmp_path):
+    columns = {"title": sentences(5, seed=1), "text": sentences(5, seed=2), "note": sentences(5, seed=3)}
+    settings = {"validation_file": str(tmp_path / "data.csv"), "line_by_line": "true"}
+
+    def read(**more):
+        return rows(tokenize(script, tokenizer, **settings, **more)["validation"])
+
+    pandas.DataFrame(columns).to_csv(settings["validation_file"], index=False)
+    assert read() == plain_rows(tokenizer, columns["text"])
+    assert read(text_column_name="note") == plain_rows(tokenizer, columns["note"])
+    pandas.DataFrame(columns).drop(columns="text").to_csv(settings["validation_file"], index=False)
+    assert read() == plain_rows(tokenizer, columns["title"])
+    with pytest.raises(script.UserError, match=r"text_column_name titel.*title, note"):
+        read(text_column_name="titel")
+
+
+@csv_left_open
+def test_a_column_without_text_is_an_error(script, tokenizer, tmp_path):
+    path = write_format(tmp_path, "csv", sentences(3))
+    with pytest.raises(script.UserError, match="number holds int64, not text"):
+        tokenize(script, tokenizer, validation_file=path, text_column_name="number")
+
+
+def test_files_of_unknown_or_mixed_formats_are_errors(script, tokenizer, tmp_path):
+    for name in ("a.docx", "b.txt", "b.csv"):
+        write_lines(tmp_path / name, ["text", "the baker"])
+    with pytest.raises(script.UserError, match=r"a\.docx.*\.docx is not one of txt, csv"):
+        tokenize(script, tokenizer, train_file=tmp_path / "a.docx")
+    with pytest.raises(script.UserError, match="several formats"):
+        tokenize(script, tokenizer, train_file=tmp_path / "b.*")
+
+
+def test_a_glob_reads_all_its_files(script, tokenizer, tmp_path):
+    parts = [sentences(4, seed=seed) for seed in range(3)]
+    for number, lines in enumerate(parts):
+        write_lines(tmp_path / f"part-{number}.txt", lines)
+    tokenized = tokenize(script, tokenizer, validation_file=tmp_path / "part-*.txt", line_by_line="true")
+    assert rows(tokenized["validation"]) == plain_rows(tokenizer, [line for lines in parts for line in lines])
+
+
+def test_line_by_line_leaves_out_blank_lines_and_truncates(script, tokenizer, tmp_path):
+    lines = ["the baker bakes bread .", "", " \t ", "a " * 50, "", "the child sees a dog ."]
+    path = write_lines(tmp_path / "lines.txt", lines)
+    result = rows(tokenize(script, tokenizer, validation_file=path, line_by_line="true")["validation"])
+    assert result == plain_rows(tokenizer, lines)
+    assert [len(row) for row in result] == [7, LENGTH, 10]
+    assert result[1][-1] == tokenizer.sep_token_id
+
+
+@pytest.mark.parametrize("use_fast", [True, False])
+def test_joined_texts_lose_less_than_one_row_in_all(script, tokenizer, tmp_path, use_fast):
+    lines = sentences(2500)  # Several batches of `datasets.map`.
+    path = write_lines(tmp_path / "lines.txt", lines)
+    if not use_fast:
+        tokenizer = transformers.BertTokenizer.from_pretrained(tmp_path / "tokenizer")
+    assert tokenizer.is_fast == use_fast
+    result = rows(tokenize(script, tokenizer, validation_file=path, line_by_line="false")["validation"])
+    assert result == joined_rows(tokenizer, lines)
+
+
+def test_a_slow_tokenizer_gives_the_same_lines(script, tmp_path, tokenizer, text_files):
+    model_args, _, _ = script.parse_args(
+        flags(tokenizer_name=tmp_path / "tokenizer", model_type="bert", output_dir="unused", use_fast_tokenizer="false")
+        + flags(**text_files)
+    )
+    slow = script.load_tokenizer(model_args)
+    assert not slow.is_fast
+    results = [tokenize(script, each, line_by_line="true", **text_files) for each in (slow, tokenizer)]
+    assert rows(results[0]["train"]) == rows(results[1]["train"])
+
+
+def test_workers_lose_at_most_one_row_each(script, tokenizer, tmp_path, count_encoded):
+    lines = sentences(300)
+    settings = {"validation_file": write_lines(tmp_path / "lines.txt", lines), "line_by_line": "false"}
+    settings["preprocessing_num_workers"] = 2
+    program = flags(model_type="bert", tokenizer_name=tmp_path / "tokenizer", output_dir=tmp_path / "o", **settings)
+    program += flags(max_seq_length=LENGTH)
+    # A program of its own: workers are forked, which JAX threads of other tests in this process do not allow.
+    done = run_script(script.__name__, program, HF_DATASETS_CACHE=str(tmp_path / "datasets_cache"))
+    assert done.returncode == 0, done.stderr
+    assert "fork" not in done.stderr
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    result = rows(tokenize(script, tokenizer, **settings)["validation"])  # From the cache that the program filled.
+    assert not count_encoded
+    assert result == joined_rows(tokenizer, lines[:150]) + joined_rows(tokenizer, lines[150:])
+
+
+def test_validation_is_the_first_percent_of_the_training_data(script, tokenizer, tmp_path):
+    lines = sentences(200)
+    path = write_lines(tmp_path / "train.txt", lines)
+    for percent, first in ((None, 10), (25, 50)):
+        settings = {} if percent is None else {"validation_split_percentage": percent}
+        tokenized = tokenize(script, tokenizer, train_file=path, line_by_line="true", **settings)
+        assert rows(tokenized["validation"]) == plain_rows(tokenizer, lines[:first])
+        assert rows(tokenized["train"]) == plain_rows(tokenizer, lines[first:])
+
+
+def test_given_validation_data_leaves_the_training_data_whole(script, tokenizer, text_files):
+    tokenized = tokenize(script, tokenizer, line_by_line="true", **text_files)
+    for split in ("train", "validation"):
+        lines = Path(text_files[f"{split}_file"]).read_text(encoding="utf-8").splitlines()
+        assert rows(tokenized[split]) == plain_rows(tokenizer, lines)
+
+
+def test_sample_limits_keep_the_first_samples(script, tokenizer, text_files):
+    whole = tokenize(script, tokenizer, **text_files)
+    limited = tokenize(script, tokenizer, max_train_samples=7, max_eval_samples=3, **text_files)
+    assert rows(limited["train"]) == rows(whole["train"])[:7]
+    assert rows(limited["validation"]) == rows(whole["validation"])[:3]
+    more = tokenize(script, tokenizer, max_train_samples=10**6, **text_files)
+    assert rows(more["train"]) == rows(whole["train"])
+
+
+def test_a_second_run_of_either_script_reads_the_cache(tokenizer, text_files, count_encoded):
+    first, second = map(importlib.import_module, SCRIPTS)
+    for line_by_line in ("true", "false"):
+        settings = {"line_by_line": line_by_line, **text_files}
+        expected = tokenize(first, tokenizer, **settings)
+        assert count_encoded
+        count_encoded.clear()
+        tokenizer("the baker", truncation=True, padding="max_length", max_length=4)  # Changes the tokenizer's state.
+        for script in (first, second):
+            again = tokenize(script, tokenizer, **settings)
+            assert not count_encoded
+            assert rows(again["train"]) == rows(expected["train"])
+
+
+def test_a_split_of_the_training_data_is_cached_too(script, tokenizer, text_files, count_encoded):
+    tokenize(script, tokenizer, train_file=text_files["train_file"])
+    assert count_encoded
+    count_encoded.clear()
+    tokenize(script, tokenizer, train_file=text_files["train_file"])
+    assert not count_encoded
+
+
+def test_overwriting_the_cache_tokenizes_again(script, tokenizer, text_files, count_encoded):
+    tokenize(script, tokenizer, **text_files)
+    encoded = list(count_encoded)
+    tokenize(script, tokenizer, overwrite_cache=True, **text_files)
+    assert count_encoded == encoded * 2
+
+
+def test_what_decides_the_rows_decides_the_cache(script, tokenizer, tmp_path, text_files, count_encoded):
+    (tmp_path / "other").mkdir()
+    other = make_tokenizer(tmp_path / "other", extra=["bakes##bread"])
+    lowered = transformers.BertTokenizerFast.from_pretrained(tmp_path / "other", do_lower_case=False)
+    runs = [
+        (tokenizer, {}),
+        (tokenizer, {"max_seq_length": 15}),
+        (tokenizer, {"line_by_line": "true"}),
+        (tokenizer, {"line_by_line": "true", "max_seq_length": 15}),
+        (tokenizer, {"line_by_line": "false"}),
+        (other, {"line_by_line": "false"}),
+        (lowered, {"line_by_line": "false"}),
+    ]
+    default = {"run_mlm": "false", "run_mlm_flax": "true"}[script.__name__]
+    seen = set()
+    for used, settings in runs:
+        count_encoded.clear()
+        tokenize(script, used, **settings, **text_files)
+        mode = (id(used), settings.get("max_seq_length", LENGTH), settings.get("line_by_line", default))
+        assert bool(count_encoded) == (mode not in seen), mode
+        seen.add(mode)
+
+
+def test_changed_text_is_tokenized_anew(script, tokenizer, tmp_path):
+    path = write_lines(tmp_path / "lines.txt", ["the baker bakes bread ."])
+    tokenize(script, tokenizer, validation_file=path, line_by_line="true")
+    write_lines(path, ["the sailor sails boats ."])
+    tokenized = tokenize(script, tokenizer, validation_file=path, line_by_line="true")
+    assert rows(tokenized["validation"]) == plain_rows(tokenizer, ["the sailor sails boats ."])
+
+
+def test_a_folder_laid_out_as_on_the_hub_is_a_data_set(script, tokenizer, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    configs = {"wikitext-2-raw-v1": {"train": sentences(12), "validation": sentences(5, seed=1), "test": ["a ."] * 3}}
+    configs["other"] = {"train": sentences(40, seed=2)}
+    card = ["---", "configs:"]
+    for config, splits in configs.items():
+        (work / "wikitext" / config).mkdir(parents=True)
+        card += [f"- config_name: {config}", "  data_files:"]
+        for split, lines in splits.items():
+            card += [f"  - split: {split}", f"    path: {config}/{split}-*"]
+            pandas.DataFrame({"text": lines}).to_parquet(work / "wikitext" / config / f"{split}-00000-of-00001.parquet")
+    write_lines(work / "wikitext" / "README.md", [*card, "---"])
+    monkeypatch.chdir(work)
+
+    settings = {"dataset_name": "wikitext", "line_by_line": "true"}
+    tokenized = tokenize(script, tokenizer, dataset_config_name="wikitext-2-raw-v1", **settings)
+    assert list(tokenized) == ["train", "validation"]
+    for split, lines in configs["wikitext-2-raw-v1"].items():
+        assert split == "test" or rows(tokenized[split]) == plain_rows(tokenizer, lines)
+    tokenized = tokenize(script, tokenizer, dataset_config_name="other", **settings)
+    assert rows(tokenized["validation"]) == plain_rows(tokenizer, configs["other"]["train"][:2])
+    assert rows(tokenized["train"]) == plain_rows(tokenizer, configs["other"]["train"][2:])
+
+
+def test_without_a_task_a_run_only_fills_the_cache(
+    script, model_folder, text_files, tmp_path, monkeypatch, caplog, count_encoded
+):
+    output = tmp_path / "output"
+    monkeypatch.setattr(script, "load_model", None)  # Not to be called.
+    for _ in range(2):
+        caplog.clear()
+        metrics = script.main(
+            flags(model_name_or_path=model_folder, output_dir=output, max_seq_length=LENGTH, **text_files)
+        )
+        assert metrics == {}
+        assert "Nothing was trained or evaluated" in caplog.text
+    assert len(count_encoded) == 2
+    assert not (output / "config.json").exists()
+
+
+@pytest.mark.parametrize("line_by_line", ["true", "false"])
+def test_tokenizing_leaves_no_truncation_to_be_saved(script, tokenizer, text_files, tmp_path, line_by_line):
+    for _ in range(2):  # Encoded, then read from the cache.
+        tokenize(script, tokenizer, line_by_line=line_by_line, **text_files)
+        tokenizer.save_pretrained(tmp_path / "saved")
+        saved = read_json(tmp_path / "saved", "tokenizer.json")
+        assert (saved["truncation"], saved["padding"]) == (None, None)
+
+
+def test_no_sample_is_an_error_that_names_the_length(script, model_folder, tmp_path, capsys):
+    path = write_lines(tmp_path / "short.txt", ["the baker ."])
+    with pytest.raises(SystemExit):
+        script.main(
+            flags(model_name_or_path=model_folder, output_dir=tmp_path / "o", do_eval=True, validation_file=path)
+            + flags(line_by_line="false", max_seq_length=LENGTH)
+        )
+    assert f"--max_seq_length (now {LENGTH})" in capsys.readouterr().err
+
+
+def test_padding_to_the_maximum_length_makes_all_batches_alike(script, model_folder, tmp_path, monkeypatch):
+    lengths = []
+    numpy_batch = script.MaskingCollator.numpy_batch
+
+    def watched(self, examples, *args, **kwargs):
+        batch = numpy_batch(self, examples, *args, **kwargs)
+        if len(examples) > 1:
+            lengths.append(batch["input_ids"].shape[1])
+            assert (batch["attention_mask"].sum(1) == [len(example["input_ids"]) for example in examples]).all()
+        return batch
+
+    monkeypatch.setattr(script.MaskingCollator, "numpy_batch", watched)
+    path = write_lines(tmp_path / "short.txt", ["the baker bakes bread ."] * 16)
+    settings = {"model_name_or_path": model_folder, "validation_file": path, "max_seq_length": LENGTH}
+
+    def evaluate(folder, **more):
+        lengths.clear()
+        output = tmp_path / folder
+        metrics = script.main(flags(output_dir=output, do_eval=True, line_by_line="true", **settings, **more))
+        return metrics["eval_loss"]
+
+    loss = evaluate("short")
+    assert len(lengths) == 2
+    assert max(lengths) < LENGTH
+    padded_loss = evaluate("padded", pad_to_max_length=True)
+    assert lengths == [LENGTH] * 2
+    assert padded_loss == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(("task", "file"), [("do_eval", "validation_file"), ("do_train", "train_file")])
+def test_a_task_needs_only_its_own_file(script, model_folder, text_files, tmp_path, task, file):
+    output = tmp_path / "output"
+    metrics = script.main(
+        flags(model_name_or_path=model_folder, output_dir=output, max_seq_length=LENGTH, max_steps=2)
+        + flags(line_by_line="false", logging_steps=1)
+        + flags(**{task: True, file: text_files[file]})
+    )
+    done, other = ("eval", "train") if task == "do_eval" else ("train", "eval")
+    assert np.isfinite(metrics[f"{done}_loss"])
+    assert not any(name.startswith(other) for name in metrics)
+    assert (output / f"{done}_results.json").exists()
+    assert not (output / f"{other}_results.json").exists()
+
+
+def write_references(path, references):
+    """Write one JSON list of positions a line and return the path."""
+    return write_lines(path, [json.dumps(positions) for positions in references])
+
+
+def word_flags(dataset):
+    """Return the positions flagged as the continuation of a word, per sample."""
+    return [np.flatnonzero(dataset[i]["continues_word"]).tolist() for i in range(len(dataset))]
+
+
+def test_references_flag_the_positions_they_list(script, tokenizer, tmp_path):
+    lines = ["the baker bakes bread .", "", "a " * 50, "the child sees ."]
+    references = [[2, 4], [], [3, LENGTH - 1, LENGTH, 40], []]
+    tokenized = tokenize(
+        script,
+        tokenizer,
+        train_file=write_lines(tmp_path / "train.txt", lines),
+        train_ref_file=write_references(tmp_path / "train.ref", references),
+        validation_file=write_lines(tmp_path / "validation.txt", lines[:1]),
+        validation_ref_file=write_references(tmp_path / "validation.ref", [[1]]),
+        line_by_line="true",
+    )
+    assert word_flags(tokenized["train"]) == [[2, 4], [3, LENGTH - 1], []]
+    assert word_flags(tokenized["validation"]) == [[1]]
+    for dataset in tokenized.values():
+        for i in range(len(dataset)):
+            assert len(dataset[i]["continues_word"]) == len(dataset[i]["input_ids"])
+
+
+def test_references_follow_the_validation_split(script, tokenizer, tmp_path):
+    references = [[1 + i % 4] for i in range(40)]
+    tokenized = tokenize(
+        script,
+        tokenizer,
+        train_file=write_lines(tmp_path / "train.txt", ["the baker bakes bread ."] * 40),
+        train_ref_file=write_references(tmp_path / "train.ref", references),
+        validation_split_percentage=25,
+        line_by_line="true",
+    )
+    assert word_flags(tokenized["validation"]) == references[:10]
+    assert word_flags(tokenized["train"]) == references[10:]
+
+
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        (["[]", "[]"], "2 lines, its text 3"),
+        (["[]", "2 3", "[]"], "line 2: '2 3' is not a JSON list"),
+        (["[]", "[]", '["two"]'], "line 3: .* is not a JSON list"),
+    ],
+)
+def test_wrong_reference_files_are_named(script, tokenizer, tmp_path, references, message):
+    with pytest.raises(script.UserError, match=f"train.ref.*{message}"):
+        tokenize(
+            script,
+            tokenizer,
+            train_file=write_lines(tmp_path / "train.txt", sentences(3)),
+            train_ref_file=write_lines(tmp_path / "train.ref", references),
+            line_by_line="true",
+        )
+
+
+def test_references_need_their_text_and_line_by_line(script, text_files, tmp_path):
+    needed = flags(model_name_or_path="some-model", output_dir="unused", train_ref_file="train.ref")
+    with pytest.raises(script.UserError, match="--train_ref_file goes with --train_file"):
+        script.parse_args(needed + flags(dataset_name="wikitext", line_by_line="true"))
+    with pytest.raises(script.UserError, match="--line_by_line"):
+        script.parse_args(needed + flags(train_file=text_files["train_file"], line_by_line="false"))
