@@ -310,6 +310,17 @@ def exit_on_user_error(main):
     return wrapped
 
 
+@contextlib.contextmanager
+def user_errors(subject):
+    """Within, what the libraries raise for a wrong name or a broken file is a `UserError` about `subject`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{subject}: {error}") from error
+
+
 def prepare_output_dir(training_args):
     """Return the checkpoint folder to resume from, or None to start anew; the log says which.
 
@@ -350,17 +361,18 @@ def load_raw_datasets(model_args, data_args):
     Raises `UserError` for files that do not exist or have no known format.
     """
     if data_args.dataset_name:
-        raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **model_args.hub_options)
+        with user_errors(f"--dataset_name {data_args.dataset_name}"):
+            raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **model_args.hub_options)
     else:
         named = {"train": data_args.train_file, "validation": data_args.validation_file}
         files = {split: sorted(glob.glob(name)) for split, name in named.items() if name}
         formats = {split: file_format(named[split], files[split]) for split in files}
-        raw = {
-            split: datasets.load_dataset(
-                formats[split], data_files={split: files[split]}, split=split, **model_args.hub_options
-            )
-            for split in files
-        }
+        raw = {}
+        for split in files:
+            with user_errors(f"--{split}_file {named[split]}"):
+                raw[split] = datasets.load_dataset(
+                    formats[split], data_files={split: files[split]}, split=split, **model_args.hub_options
+                )
     raw = {split: raw[split] for split in ("train", "validation") if split in raw}
     for split, references in (("train", data_args.train_ref_file), ("validation", data_args.validation_ref_file)):
         if references:
@@ -719,7 +731,8 @@ def load_config(model_args):
     """Return the model configuration: by name, or of a new model, with the overrides and the dropout asked for."""
     name = model_args.config_name or model_args.model_name_or_path
     if name:
-        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **model_args.hub_options)
+        with user_errors(f"the configuration of {name}"):
+            config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **model_args.hub_options)
     else:
         config = CONFIG_MAPPING[model_args.model_type]()
     if config.model_type not in MODEL_TYPES:
@@ -739,9 +752,9 @@ def load_config(model_args):
 def load_tokenizer(model_args):
     """Return the tokenizer; raises `UserError` when it has no mask token."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, use_fast=model_args.use_fast_tokenizer, revision=model_args.model_revision, **model_args.hub_options
-    )
+    options = {"use_fast": model_args.use_fast_tokenizer, "revision": model_args.model_revision}
+    with user_errors(f"the tokenizer {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options, **model_args.hub_options)
     if tokenizer.mask_token is None:
         raise UserError(f"the tokenizer {name} has no mask token, which masked-language modelling needs")
     return tokenizer
@@ -769,9 +782,9 @@ def load_model(model_args, config, tokenizer):
         raise UserError(
             f"--model_name_or_path {name} is a TensorFlow checkpoint: reading it needs pip install tensorflow"
         )
-    model = AutoModelForMaskedLM.from_pretrained(
-        name, from_tf=from_tf, config=config, revision=model_args.model_revision, **model_args.hub_options
-    )
+    options = {"from_tf": from_tf, "config": config, "revision": model_args.model_revision}
+    with user_errors(f"--model_name_or_path {name}"):
+        model = AutoModelForMaskedLM.from_pretrained(name, **options, **model_args.hub_options)
     resize_vocabulary(model, len(tokenizer))
     return model
 

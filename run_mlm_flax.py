@@ -371,6 +371,17 @@ def exit_on_user_error(main):
     return wrapped
 
 
+@contextlib.contextmanager
+def user_errors(subject):
+    """Within, what the libraries raise for a wrong name or a broken file is a `UserError` about `subject`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{subject}: {error}") from error
+
+
 def prepare_output_dir(training_args):
     """Return the checkpoint folder to resume from, or None to start anew; the log says which.
 
@@ -413,17 +424,18 @@ def load_raw_datasets(model_args, data_args):
     Raises `UserError` for files that do not exist or have no known format.
     """
     if data_args.dataset_name:
-        raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **model_args.hub_options)
+        with user_errors(f"--dataset_name {data_args.dataset_name}"):
+            raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **model_args.hub_options)
     else:
         named = {"train": data_args.train_file, "validation": data_args.validation_file}
         files = {split: sorted(glob.glob(name)) for split, name in named.items() if name}
         formats = {split: file_format(named[split], files[split]) for split in files}
-        raw = {
-            split: datasets.load_dataset(
-                formats[split], data_files={split: files[split]}, split=split, **model_args.hub_options
-            )
-            for split in files
-        }
+        raw = {}
+        for split in files:
+            with user_errors(f"--{split}_file {named[split]}"):
+                raw[split] = datasets.load_dataset(
+                    formats[split], data_files={split: files[split]}, split=split, **model_args.hub_options
+                )
     raw = {split: raw[split] for split in ("train", "validation") if split in raw}
     for split, references in (("train", data_args.train_ref_file), ("validation", data_args.validation_ref_file)):
         if references:
@@ -803,7 +815,8 @@ def load_config(model_args):
     """Return the model configuration: by name, or of a new model, with the overrides and the dropout asked for."""
     name = model_args.config_name or model_args.model_name_or_path
     if name:
-        config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **model_args.hub_options)
+        with user_errors(f"the configuration of {name}"):
+            config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **model_args.hub_options)
     else:
         config = CONFIG_MAPPING[model_args.model_type]()
     if config.model_type not in MODEL_TYPES:
@@ -823,9 +836,9 @@ def load_config(model_args):
 def load_tokenizer(model_args):
     """Return the tokenizer; raises `UserError` when it has no mask token."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
-    tokenizer = AutoTokenizer.from_pretrained(
-        name, use_fast=model_args.use_fast_tokenizer, revision=model_args.model_revision, **model_args.hub_options
-    )
+    options = {"use_fast": model_args.use_fast_tokenizer, "revision": model_args.model_revision}
+    with user_errors(f"the tokenizer {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(name, **options, **model_args.hub_options)
     if tokenizer.mask_token is None:
         raise UserError(f"the tokenizer {name} has no mask token, which masked-language modelling needs")
     return tokenizer
@@ -847,9 +860,9 @@ def load_model(model_args, config, tokenizer, dtype=jnp.float32, seed=0):
     name = model_args.model_name_or_path
     model_class = FlaxBertForMaskedLM if config.model_type == "bert" else FlaxAutoModelForMaskedLM
     if name:
-        model = model_class.from_pretrained(
-            name, config=config, dtype=dtype, seed=seed, revision=model_args.model_revision, **model_args.hub_options
-        )
+        options = {"config": config, "dtype": dtype, "seed": seed, "revision": model_args.model_revision}
+        with user_errors(f"--model_name_or_path {name}"):
+            model = model_class.from_pretrained(name, **options, **model_args.hub_options)
         return resize_vocabulary(model, len(tokenizer))
     fit_config(config, tokenizer)
     if model_class is FlaxBertForMaskedLM:
@@ -1391,9 +1404,10 @@ def head_can_be_sparse(model, dataset, collator):
     """Return whether the head gives the same logits from the labelled positions alone (one sample, eval mode)."""
     batch = collator([dataset[0]])
     positions = np.arange(batch["input_ids"].shape[1] // 2) * 2 + 1
+    forward = jax.jit(functools.partial(labelled_logits, model=model))
     try:
-        dense = labelled_logits(model.params, batch, model=model)[0, positions]
-        sparse = labelled_logits(model.params, {**batch, "positions": positions}, model=model)
+        dense = forward(model.params, batch)[0, positions]
+        sparse = forward(model.params, {**batch, "positions": positions})
         same = dense.shape == sparse.shape and bool(jnp.allclose(dense, sparse, rtol=1e-3, atol=1e-3))
     except (TypeError, ValueError):
         same = False

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 
 def command(script, folder, output, steps):
     """Return the command line of the run: `steps` steps, a checkpoint after each."""
-    return [sys.executable, str(ROOT / f"{script}.py")] + flags(
+    arguments = flags(
         model_name_or_path=folder / "model",
         train_file=folder / "train.txt",
         cache_dir=folder / "cache",
@@ -34,6 +34,7 @@ def command(script, folder, output, steps):
         lr_scheduler_type="linear",
         learning_rate=1e-3,
     )
+    return [sys.executable, str(ROOT / f"{script}.py"), *arguments]
 
 
 def newest_step(output):
