@@ -917,8 +917,10 @@ class MaskedLMTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 staged = os.path.join(folder, UNFINISHED, f"checkpoint-{self.state.global_step}")
-                best = self.state.best_model_checkpoint
-                publish_checkpoint(staged, folder, self.args.save_total_limit, best)
+                if self.state.best_model_checkpoint == staged:
+                    self.state.best_model_checkpoint = os.path.join(folder, os.path.basename(staged))
+                    write_json(os.path.join(staged, "trainer_state.json"), asdict(self.state))
+                publish_checkpoint(staged, folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         self.accelerator.wait_for_everyone()
 
     def _get_train_sampler(self, train_dataset=None):
@@ -978,7 +980,10 @@ class StepBoundary(TrainerCallback):
         self.trainer.reported_loss = 0.0
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Save and stop if a signal came."""
+        """Save and stop if a signal came, to any of the processes."""
+        if args.world_size > 1:
+            received = torch.tensor(self.signals.received or 0, device=args.device)
+            self.signals.received = int(self.trainer.accelerator.gather(received).max())
         if self.signals.received:
             control.should_save = control.should_training_stop = True
         return control
@@ -1243,6 +1248,7 @@ def masked_sentences(dataset, tokenizer, collator, count=5, length=32):
 
     Samples from all over the data set, cut to `length`, one token of each masked: drawn as for evaluation.
     """
+    count = min(count, len(dataset))
     sentences = {name: np.zeros((count, length), np.int32) for name in ("input_ids", "attention_mask")}
     sentences |= {name: np.zeros(count, np.int64) for name in ("positions", "token_ids")}
     for i in range(count):

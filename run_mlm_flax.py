@@ -1480,6 +1480,7 @@ def masked_sentences(dataset, tokenizer, collator, count=5, length=32):
 
     Samples from all over the data set, cut to `length`, one token of each masked: drawn as for evaluation.
     """
+    count = min(count, len(dataset))
     sentences = {name: np.zeros((count, length), np.int32) for name in ("input_ids", "attention_mask")}
     sentences |= {name: np.zeros(count, np.int64) for name in ("positions", "token_ids")}
     for i in range(count):

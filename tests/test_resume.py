@@ -9,6 +9,8 @@ import pytest
 from conftest import flags, read_json
 from safetensors.numpy import load_file
 
+import run_mlm
+
 VARYING = ("runtime", "per_second", "total_flos", "train_loss")  # The last one is compared by itself.
 
 
@@ -153,3 +155,15 @@ def test_a_model_folder_initialises_and_is_not_resumed(script, model_folder, tex
     script.main(training_flags(first / "checkpoint-6", text_files, second))
     assert "Starting anew" in caplog.text.split("Resuming")[-1]
     assert read_json(second, "trainer_state.json")["log_history"][0]["step"] == 1
+
+
+def test_best_model_is_loaded_and_kept(model_folder, text_files, tmp_path):
+    output = tmp_path / "output"
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "save_total_limit": 1, "learning_rate": 0.5}
+    run_mlm.main(training_flags(model_folder, text_files, output, load_best_model_at_end=True, **settings))
+    state = read_json(output, "trainer_state.json")
+    losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
+    best = min(losses, key=lambda step: (losses[step], step))
+    assert best < 12
+    assert state["best_model_checkpoint"] == str(output / f"checkpoint-{best}")
+    assert weights(output) == weights(output / f"checkpoint-{best}")
