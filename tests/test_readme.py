@@ -1,0 +1,117 @@
+"""README tells the truth: its flags, commands, files and configurations are those of the scripts."""
+
+import importlib
+import re
+import shlex
+from dataclasses import fields
+
+import flags_table
+import pytest
+from conftest import ROOT, SCRIPTS, read_json
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Flags of other programs that README shows.
+FOREIGN_FLAGS = {"help", "write", "nproc_per_node"}
+# The usage examples of the documented scripts, and the files that hold the same settings.
+DOCUMENTED = {
+    "bert_wikitext": (
+        "run_mlm",
+        "--model_name_or_path bert-base-uncased --dataset_name wikitext --dataset_config_name wikitext-2-raw-v1 "
+        "--do_train --do_eval --output_dir ./output/mlm-bert --per_device_train_batch_size 8 --num_train_epochs 3",
+    ),
+    "roberta_line_by_line": (
+        "run_mlm",
+        "--model_name_or_path roberta-base --train_file ./data/train.txt --validation_file ./data/valid.txt "
+        "--do_train --do_eval --line_by_line --max_seq_length 128 --mlm_probability 0.15 "
+        "--output_dir ./output/mlm-roberta --overwrite_output_dir",
+    ),
+    "bert_flax_wikitext": (
+        "run_mlm_flax",
+        "--model_name_or_path bert-base-cased --dataset_name wikitext --dataset_config_name wikitext-2-raw-v1 "
+        "--do_train --do_eval --output_dir ./output/mlm-flax-bert --train_batch_size 32 --num_train_epochs 3 "
+        "--learning_rate 5e-5",
+    ),
+    "bert_flax_files": (
+        "run_mlm_flax",
+        "--model_name_or_path bert-base-cased --train_file ./data/train.txt --validation_file ./data/valid.txt "
+        "--do_train --do_eval --max_seq_length 128 --mlm_probability 0.15 --output_dir ./output/mlm-flax-custom "
+        "--overwrite_output_dir",
+    ),
+}
+
+
+def readme_commands():
+    """Return (script, arguments) of every call of a script in README's code blocks and tables."""
+    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    lines = [part for line in lines for part in line.split("&&")]
+    lines += [code for line in README.splitlines() if line.startswith("|") for code in re.findall(r"`([^`]+)`", line)]
+    calls = [re.search(r"\bpython (run_mlm|run_mlm_flax)\.py\b(.*)", line) for line in lines]
+    return [(call[1], shlex.split(call[2], comments=True)) for call in calls if call]
+
+
+def settings(script, argv):
+    """Return all settings of a command line in one dictionary."""
+    groups = importlib.import_module(script).parse_args(argv)
+    values = {item.name: getattr(group, item.name) for group in groups for item in fields(group)}
+    values.pop("logging_dir", None)  # Holds the time of day.
+    return values
+
+
+def known_flags():
+    """Return every flag that one of the scripts takes."""
+    parsers = [importlib.import_module(name).build_parser() for name in SCRIPTS]
+    return {option.lstrip("-") for parser in parsers for action in parser._actions for option in action.option_strings}
+
+
+def test_the_tables_of_flags_are_fresh():
+    assert flags_table.replace_tables(README) == README, "run: python tests/flags_table.py --write"
+
+
+def test_every_flag_in_readme_exists():
+    named = set(re.findall(r"(?<![\w-])--([a-z]\w+)", README))
+    assert len(named) > 50
+    assert named - known_flags() <= FOREIGN_FLAGS
+
+
+def test_every_flag_of_the_trainer_table_exists():
+    assert flags_table.TRAINER_FLAGS.keys() <= known_flags()
+
+
+def test_every_file_in_readme_exists():
+    named = set(re.findall(r"(?:\bconfigs|\btests|\.ci)/[\w./-]*\w", README))
+    named |= set(re.findall(r"`(\w+\.(?:py|toml|md)|requirements\.txt)`", README))
+    assert {"configs/quickstart.json", "run_mlm.py", "run_mlm_flax.py", ".ci/run"} <= named
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_every_command_in_readme_parses(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = readme_commands()
+    assert len(commands) > 10
+    for script, argv in commands:
+        assert settings(script, argv)["output_dir"]
+
+
+def test_every_config_is_in_readme_with_the_scripts_it_is_for():
+    used = {argv[0] for _, argv in readme_commands() if argv and argv[0].startswith("configs/")}
+    assert used == {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.json")}
+
+
+@pytest.mark.parametrize("name", ["quickstart", "from_scratch"])
+def test_one_config_means_the_same_to_both_scripts(name, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = f"configs/{name}.json"
+    assert {script for script, argv in readme_commands() if argv[:1] == [path]} == set(SCRIPTS)
+    per_script = [settings(script, [path]) for script in SCRIPTS]
+    for values in per_script:
+        values["train_batch_size"] = values.get("per_device_train_batch_size", values.get("train_batch_size"))
+        values["eval_batch_size"] = values.get("per_device_eval_batch_size", values.get("eval_batch_size"))
+    for key in read_json(ROOT, path):
+        assert per_script[0][key] == per_script[1][key], key
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_the_documented_examples_are_the_configs_of_the_same_settings(name):
+    script, command = DOCUMENTED[name]
+    assert settings(script, [str(ROOT / "configs" / f"{name}.json")]) == settings(script, shlex.split(command))
