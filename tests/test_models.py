@@ -1,0 +1,310 @@
+"""Models of every kind: loaded, made from scratch, resized, saved, and the same in both frameworks."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+from conftest import ARCHITECTURES, SCRIPTS, flags, make_model, make_tokenizer, read_json, sentences, write_lines
+from safetensors.numpy import load_file
+
+LENGTH = 16
+SMALL = {"num_hidden_layers": 1, "n_layers": 1}
+OVERRIDES = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=64"
+
+
+@pytest.fixture
+def tokenizer_folder(tmp_path):
+    """A folder that holds a tokenizer and no model."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    make_tokenizer(folder)
+    return str(folder)
+
+
+def load(script, **settings):
+    """Return (model, tokenizer) as a run with these settings makes them."""
+    needed = flags(output_dir="unused", train_file=__file__)
+    model_args, _, _ = script.parse_args(needed + flags(**settings))
+    tokenizer = script.load_tokenizer(model_args)
+    return script.load_model(model_args, script.load_config(model_args), tokenizer), tokenizer
+
+
+def weights(script, model):
+    """Return the parameters of a model of either framework under their PyTorch names."""
+    if hasattr(model, "params"):
+        return script.pytorch_state_dict(model.params)
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def logits_of(model_class, folder, **inputs):
+    """Return the logits of a saved model for NumPy inputs."""
+    model = model_class.from_pretrained(folder)
+    if model.config.model_type == "electra":
+        inputs["token_type_ids"] = np.zeros_like(inputs["input_ids"])  # Its Flax model takes ones for the default.
+    if isinstance(model, torch.nn.Module):
+        with torch.no_grad():
+            return model(**{name: torch.from_numpy(value) for name, value in inputs.items()}).logits.numpy()
+    return np.asarray(model(**inputs).logits)
+
+
+def assert_loads_whole_and_alike(folder):
+    """Check that a saved folder is a complete model, the same in PyTorch and in Flax, of its tokenizer's vocabulary."""
+    _, loading = transformers.AutoModelForMaskedLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(loading.values())
+    vocab_size = len(transformers.AutoTokenizer.from_pretrained(folder))
+    input_ids = np.random.default_rng(0).integers(5, vocab_size, (1, LENGTH))
+    attention_mask = (np.arange(LENGTH) < LENGTH - 4)[None].astype(np.int64)
+    expected, found = (
+        logits_of(model_class, folder, input_ids=input_ids, attention_mask=attention_mask)
+        for model_class in (transformers.AutoModelForMaskedLM, transformers.FlaxAutoModelForMaskedLM)
+    )
+    assert expected.shape == (1, LENGTH, vocab_size)
+    np.testing.assert_allclose(found[:, :-4], expected[:, :-4], atol=1e-5)
+
+
+def train_two_steps(script, output, **settings):
+    """Train on a few lines without dropout, save, and return the metrics."""
+    train_file = write_lines(Path(output).with_suffix(".txt"), sentences(60))
+    return script.main(
+        flags(output_dir=output, train_file=train_file, do_train=True, max_steps=2, line_by_line="false")
+        + flags(max_seq_length=LENGTH, learning_rate=1e-3, lr_scheduler_type="linear", dropout_rate=0, **settings)
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_each_architecture_trains_alike_and_is_saved_whole(tmp_path, architecture):
+    folder = make_model(tmp_path / "model", architecture, **SMALL)
+    before = load_file(Path(folder) / "model.safetensors")
+    losses = []
+    for name in SCRIPTS:
+        output = tmp_path / name
+        metrics = train_two_steps(importlib.import_module(name), output, model_name_or_path=folder)
+        losses.append(metrics["train_loss"])
+        assert read_json(output, "config.json")["model_type"] == architecture
+        after = load_file(output / "model.safetensors")
+        trained = {name for name in before if not np.array_equal(before[name], after[name])}
+        assert any("word_embeddings" in name for name in trained)
+        assert any("position_embeddings" in name for name in trained)
+        assert any(name.endswith("bias") for name in trained)
+        assert_loads_whole_and_alike(output)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_an_untied_decoder_of_a_grown_vocabulary_survives(script, tmp_path):
+    folder = make_model(tmp_path / "model", tie_word_embeddings=False, **SMALL)
+    before = load_file(Path(folder) / "model.safetensors")
+    make_tokenizer(folder, extra=["sunflower", "windmill"])
+    decoder, embeddings = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
+    assert not np.allclose(before[decoder], before[embeddings])
+    output = tmp_path / "output"
+    train_two_steps(script, output, model_name_or_path=folder)
+    after = load_file(output / "model.safetensors")
+    for name in (decoder, embeddings):
+        assert len(after[name]) == len(before[name]) + 2
+        moved = np.abs(after[name][:-2] - before[name])
+        assert 0 < moved.max() < 0.01  # Two small steps away from what was loaded.
+    assert_loads_whole_and_alike(output)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("change", [7, -7])
+def test_embeddings_and_decoder_fit_the_tokenizer(script, tmp_path, tied, change):
+    folder = make_model(tmp_path / "model", tie_word_embeddings=tied, **SMALL)
+    old = load_file(Path(folder) / "model.safetensors")
+    old_size = len(old["bert.embeddings.word_embeddings.weight"])
+    tokenizer_folder = tmp_path / "tokenizer"
+    tokenizer_folder.mkdir()
+    if change > 0:
+        make_tokenizer(tokenizer_folder, extra=[f"extra{i}" for i in range(change)])
+    else:
+        vocabulary = (Path(folder) / "vocab.txt").read_text(encoding="utf-8").split()[:change]
+        shorter = write_lines(tmp_path / "vocab.txt", vocabulary)
+        transformers.BertTokenizerFast(vocab_file=shorter).save_pretrained(tokenizer_folder)
+    model, tokenizer = load(script, model_name_or_path=folder, tokenizer_name=tokenizer_folder)
+    assert len(tokenizer) == model.config.vocab_size == old_size + change
+    new = weights(script, model)
+    kept = min(old_size, len(tokenizer))
+    resized = 0
+    for name, values in old.items():
+        if len(values) != old_size:
+            np.testing.assert_array_equal(new[name], values, err_msg=name)
+            continue
+        resized += 1
+        assert len(new[name]) == len(tokenizer), name
+        np.testing.assert_array_equal(new[name][:kept], values[:kept], err_msg=name)
+        added = values.mean(axis=0) if values.ndim > 1 else 0
+        np.testing.assert_allclose(new[name][kept:], np.broadcast_to(added, new[name][kept:].shape), atol=1e-6)
+    assert resized == (2 if tied else 3)
+
+
+def test_a_new_model_by_type_has_the_tokenizers_vocabulary(script, tokenizer_folder):
+    model, tokenizer = load(script, model_type="bert", tokenizer_name=tokenizer_folder, config_overrides=OVERRIDES)
+    config = model.config
+    assert (config.model_type, config.hidden_size, config.num_hidden_layers) == ("bert", 32, 1)
+    assert (config.vocab_size, config.pad_token_id) == (len(tokenizer), tokenizer.pad_token_id)
+    embeddings = weights(script, model)["bert.embeddings.word_embeddings.weight"]
+    assert embeddings.shape == (len(tokenizer), 32)
+    assert 0.015 < embeddings.std() < 0.025  # BERT's initial standard deviation is 0.02.
+
+
+def test_a_new_model_by_configuration_takes_no_weights(script, tmp_path, tokenizer_folder):
+    folder = make_model(tmp_path / "model", "electra", **SMALL)
+    settings = {"config_name": folder, "tokenizer_name": tokenizer_folder}
+    model, _ = load(script, config_overrides="hidden_size=64,intermediate_size=48", **settings)
+    assert (model.config.model_type, model.config.num_attention_heads) == ("electra", 2)
+    assert (model.config.hidden_size, model.config.intermediate_size) == (64, 48)
+    name = "electra.embeddings.position_embeddings.weight"
+    assert not np.allclose(weights(script, model)[name], load_file(Path(folder) / "model.safetensors")[name])
+
+
+def test_the_weights_of_the_named_folder_are_loaded(script, tmp_path):
+    for seed in (1, 2):
+        folder = make_model(tmp_path / f"model-{seed}", seed=seed, **SMALL)
+        model, _ = load(script, model_name_or_path=folder)
+        for name, values in load_file(Path(folder) / "model.safetensors").items():
+            np.testing.assert_array_equal(weights(script, model)[name], values, err_msg=name)
+
+
+def test_a_new_model_trains(script, tokenizer_folder, tmp_path):
+    output = tmp_path / "output"
+    metrics = train_two_steps(
+        script, output, model_type="bert", tokenizer_name=tokenizer_folder, config_overrides=OVERRIDES
+    )
+    config = transformers.AutoModelForMaskedLM.from_pretrained(output).config
+    assert metrics["train_loss"] == pytest.approx(np.log(config.vocab_size), abs=0.3)
+
+
+@pytest.mark.parametrize(
+    "overrides", ["hidden_sice=32", "hidden_size=wide", "hidden_size", f"{OVERRIDES},num_attention_heads=5"]
+)
+def test_a_wrong_override_is_one_line(script, tokenizer_folder, text_files, tmp_path, capsys, overrides):
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit) as exit_:
+        script.main(
+            flags(model_type="bert", tokenizer_name=tokenizer_folder, config_overrides=overrides, output_dir=output)
+            + flags(do_eval=True, max_seq_length=LENGTH, **text_files)
+        )
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "--config_overrides" in message
+    assert not output.exists()
+
+
+def test_an_unknown_model_type_is_an_error_that_names_near_ones(script, tokenizer_folder):
+    with pytest.raises(script.UserError, match=r"--model_type robert .*roberta"):
+        load(script, model_type="robert", tokenizer_name=tokenizer_folder)
+
+
+def test_a_model_without_a_masked_lm_head_is_an_error(script, tokenizer_folder, tmp_path):
+    transformers.GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(script.UserError, match="gpt2 model, which has no masked-LM head"):
+        load(script, config_name=tmp_path / "gpt2", tokenizer_name=tokenizer_folder)
+
+
+def test_a_tokenizer_without_a_mask_token_is_an_error(script, tokenizer_folder, model_folder):
+    path = Path(tokenizer_folder)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        settings = read_json(path, name)
+        settings["mask_token"] = None
+        (path / name).write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(script.UserError, match="no mask token"):
+        load(script, model_name_or_path=model_folder, tokenizer_name=path)
+
+
+DROPOUTS = {
+    "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "roberta": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "albert": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "distilbert": ("dropout", "attention_dropout"),
+    "electra": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dropout_rate_sets_every_dropout(script, tmp_path, architecture):
+    folder = tmp_path / "config"
+    transformers.CONFIG_MAPPING[architecture]().save_pretrained(folder)
+    for rate in ("0.3", "0"):
+        model_args, _, _ = script.parse_args(
+            flags(
+                config_name=folder, tokenizer_name="some", dropout_rate=rate, output_dir="unused", train_file=__file__
+            )
+        )
+        config = script.load_config(model_args)
+        assert {name: getattr(config, name) for name in DROPOUTS[architecture]} == dict.fromkeys(
+            DROPOUTS[architecture], float(rate)
+        )
+
+
+def test_without_dropout_rate_the_configuration_keeps_its_own(script, tmp_path):
+    folder = make_model(tmp_path / "model", hidden_dropout_prob=0.25, **SMALL)
+    model, _ = load(script, model_name_or_path=folder)
+    assert (model.config.hidden_dropout_prob, model.config.attention_probs_dropout_prob) == (0.25, 0.1)
+
+
+def choose(script, config, tokenizer_limit, asked=None):
+    """Return the sequence length chosen for a configuration and the tokenizer's limit."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=tokenizer_limit)
+    settings = {} if asked is None else {"max_seq_length": asked}
+    needed = flags(model_name_or_path="some", output_dir="unused", train_file=__file__)
+    _, data_args, _ = script.parse_args(needed + flags(**settings))
+    return script.choose_max_seq_length(data_args, tokenizer, config)
+
+
+@pytest.mark.parametrize(
+    ("positions", "tokenizer_limit", "asked", "chosen", "message"),
+    [
+        (4096, 10**30, None, 1024, "max_seq_length"),
+        (4096, 300, None, 300, ""),
+        (200, 10**30, None, 200, ""),
+        (512, 512, 128, 128, ""),
+        (512, 512, 2000, 512, "2000"),
+        (4096, 10**30, 2000, 2000, ""),
+    ],
+)
+def test_length_is_the_smallest_of_all_limits(script, caplog, positions, tokenizer_limit, asked, chosen, message):
+    config = transformers.BertConfig(max_position_embeddings=positions)
+    assert choose(script, config, tokenizer_limit, asked) == chosen
+    assert message in caplog.text
+    assert bool(caplog.records) == bool(message)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_default_length_is_the_longest_that_the_model_takes(script, tmp_path, architecture):
+    folder = make_model(tmp_path / "model", architecture, **SMALL)
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    longest = choose(script, model.config, 10**30)
+
+    def run(length):
+        input_ids = torch.full((1, length), 7)
+        with torch.no_grad():
+            return model(input_ids=input_ids, attention_mask=torch.ones_like(input_ids)).logits
+
+    assert run(longest).isfinite().all()
+    with pytest.raises((IndexError, RuntimeError)):
+        run(longest + 1)
+
+
+def test_a_tensorflow_checkpoint_without_tensorflow_says_what_is_missing(model_folder, tmp_path, monkeypatch, capsys):
+    run_mlm = importlib.import_module("run_mlm")
+    monkeypatch.setattr(transformers, "is_tf_available", lambda: False)
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit) as exit_:
+        run_mlm.main(
+            flags(model_name_or_path="bert_model.ckpt.index", config_name=model_folder, tokenizer_name=model_folder)
+            + flags(train_file=write_lines(tmp_path / "train.txt", sentences(60)), do_train=True, output_dir=output)
+            + flags(max_seq_length=LENGTH)
+        )
+    assert exit_.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "bert_model.ckpt.index" in message
+    assert "tensorflow" in message
+    assert not output.exists()
