@@ -1,0 +1,103 @@
+"""Every epoch has an order of its own, the same batches in both scripts."""
+
+import itertools
+
+import jax
+import numpy as np
+import pytest
+from conftest import flags, sentences, write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from setups import set_up
+
+import run_mlm
+import run_mlm_flax
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1), st.sampled_from([1, 2, 3, 30, 301]))
+def test_the_order_is_jaxs_permutation_in_both_scripts(seed, epoch, count):
+    key = jax.random.fold_in(jax.random.PRNGKey(seed), epoch)
+    expected = np.asarray(jax.random.permutation(key, count))
+    for script in (run_mlm, run_mlm_flax):
+        order = script.epoch_permutation(seed, epoch, count)
+        assert order.dtype == np.int64
+        np.testing.assert_array_equal(order, expected)
+    assert sorted(expected.tolist()) == list(range(count))
+
+
+@pytest.mark.parametrize("count", [1625, 1626, 1627, 5000])  # From 1,626 samples on, JAX sorts twice.
+def test_the_order_of_many_samples_is_jaxs_too(count):
+    np.testing.assert_array_equal(run_mlm.epoch_permutation(42, 3, count), run_mlm_flax.epoch_permutation(42, 3, count))
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(script):
+    orders = {script.epoch_permutation(seed, epoch, 50).tobytes() for seed in range(3) for epoch in range(3)}
+    assert len(orders) == 9
+
+
+def test_batch_splits_drop_the_remainder():
+    split = run_mlm_flax.generate_batch_splits
+    order = np.array([4, 2, 0, 1, 3, 6, 5])
+    assert [batch.tolist() for batch in split(order, 3)] == [[4, 2, 0], [1, 3, 6]]
+    assert [batch.tolist() for batch in split(order, 3, drop_last=False)] == [[4, 2, 0], [1, 3, 6], [5]]
+    assert [batch.tolist() for batch in split(order[:6], 3, drop_last=False)] == [[4, 2, 0], [1, 3, 6]]
+    assert list(split(order[:2], 3)) == []
+    assert [batch.tolist() for batch in split(order[:2], 3, drop_last=False)] == [[4, 2]]
+    assert list(split(order[:0], 3, drop_last=False)) == []
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.integers(1, 2000), st.integers(1, 16))
+def test_grouping_by_length_keeps_the_permutation_and_saves_padding(seed, count, batch_size):
+    generator = np.random.default_rng(seed)
+    lengths = generator.integers(1, 512, count)
+    order = generator.permutation(count)
+
+    def padded_tokens(order):
+        return sum(batch_size * lengths[order[i : i + batch_size]].max() for i in range(0, count, batch_size))
+
+    for script in (run_mlm, run_mlm_flax):
+        grouped = script.group_by_length(order, lengths, batch_size)
+        assert sorted(grouped.tolist()) == list(range(count))
+        assert padded_tokens(grouped) <= padded_tokens(order)
+    if count > 100 and batch_size > 3:
+        assert padded_tokens(grouped) < 0.8 * padded_tokens(order)
+        # Windows stay where they were: the order is still random beyond them.
+        window = script.LENGTH_WINDOW * batch_size
+        assert set(grouped[:window].tolist()) == set(order[:window].tolist())
+
+
+def pytorch_batches(trainer, epochs):
+    """Return the rows of token ids that each optimizer step sees, as the Trainer's loop fetches them."""
+    loader, steps = trainer.get_train_dataloader(), []
+    for epoch in range(epochs):
+        loader.set_epoch(epoch)
+        batches = [batch["input_ids"].numpy() for batch in loader]
+        accumulation = trainer.args.gradient_accumulation_steps
+        steps += [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
+    return [sorted(row[row != 0].tolist() for batch in step for row in batch) for step in steps]
+
+
+def flax_batches(run, count):
+    """Return the same of the first `count` steps of the Flax loop."""
+    rows = []
+    for keys in itertools.islice(run_mlm_flax.training_order(run), count):
+        batch = run.device_batch(
+            run.tokenized["train"], keys, run.args.train_batch_size, run.args.gradient_accumulation_steps
+        )
+        step = batch["input_ids"].reshape(-1, batch["input_ids"].shape[-1])[: len(keys)]
+        rows.append(sorted(row[row != 0].tolist() for row in step))
+    return rows
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("more", [["--line_by_line", "false"], ["--line_by_line", "true", "--group_by_length"]])
+def test_both_scripts_train_on_the_same_batches(model_folder, tmp_path, accumulation, more):
+    arguments = flags(model_name_or_path=model_folder, output_dir=tmp_path / "output", max_seq_length=16, seed=7)
+    arguments += flags(train_file=write_lines(tmp_path / "train.txt", sentences(110)), train_batch_size=8)
+    arguments += flags(gradient_accumulation_steps=accumulation, dataloader_drop_last="true", num_train_epochs=2)
+    expected = pytorch_batches(set_up(run_mlm, arguments + more), epochs=2)
+    run = set_up(run_mlm_flax, arguments + more)
+    assert run.num_steps == len(expected) > 4
+    assert flax_batches(run, len(expected)) == expected

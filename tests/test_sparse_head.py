@@ -1,0 +1,173 @@
+"""The head runs on the labelled positions only, and the loss and its gradients stay the same numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import ARCHITECTURES, flags, make_model, make_tokenizer, sentences, write_lines
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from setups import set_up
+
+import run_mlm
+import run_mlm_flax
+
+LENGTH = 16
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def folder(request, tmp_path):
+    """A tiny model of each architecture, without dropout."""
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob", "dropout")
+    return make_model(tmp_path / "model", request.param, attention_dropout=0.0, **dict.fromkeys(names, 0.0))
+
+
+@pytest.fixture
+def batch():
+    """int32 [4, 16] arrays with 9 labels and some padding."""
+    generator = np.random.default_rng(0)
+    batch = {name: np.ones((4, LENGTH), np.int32) for name in ("input_ids", "attention_mask")}
+    batch["input_ids"][:] = generator.integers(5, 50, (4, LENGTH))
+    batch["labels"] = np.full((4, LENGTH), -100, np.int32)
+    places = generator.choice(3 * LENGTH, 9, replace=False)  # None in the last row.
+    batch["labels"].flat[places] = generator.integers(5, 50, 9)
+    batch["attention_mask"][3, 10:] = 0
+    return batch
+
+
+def build(script, folder, tmp_path, *more):
+    return set_up(
+        script,
+        flags(model_name_or_path=folder, output_dir=tmp_path / "output", max_seq_length=LENGTH, line_by_line="false")
+        + flags(train_file=write_lines(tmp_path / "train.txt", sentences(20)), max_steps=1)
+        + list(more),
+    )
+
+
+def pytorch_loss(trainer, batch, dense_head):
+    """Return (loss, gradients, rows that the head computed)."""
+    trainer.dense_head = dense_head
+    trainer.model.zero_grad()
+    rows = []
+    head = trainer.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, inputs, output: rows.append(output[..., 0].numel()))
+    inputs = {name: torch.from_numpy(array).long() for name, array in batch.items()}
+    loss = trainer.compute_loss(trainer.model, inputs)
+    loss.backward()
+    handle.remove()
+    gradients = {name: value.grad for name, value in trainer.model.named_parameters() if value.grad is not None}
+    return loss, gradients, rows
+
+
+def test_pytorch_loss_and_gradients_are_those_of_the_dense_head(folder, batch, tmp_path):
+    trainer = build(run_mlm, folder, tmp_path)
+    assert not trainer.dense_head
+    sparse, sparse_gradients, sparse_rows = pytorch_loss(trainer, batch, dense_head=False)
+    dense, dense_gradients, dense_rows = pytorch_loss(trainer, batch, dense_head=True)
+    assert (sparse_rows, dense_rows) == ([9], [4 * LENGTH])
+    assert sparse.item() == pytest.approx(dense.item(), rel=1e-6)
+    assert sparse_gradients.keys() == dense_gradients.keys()
+    for name, gradient in sparse_gradients.items():
+        torch.testing.assert_close(gradient, dense_gradients[name], rtol=1e-4, atol=1e-6)
+    inputs = {name: torch.from_numpy(array).long() for name, array in batch.items()}
+    assert sparse.item() == pytest.approx(trainer.model(**inputs).loss.item(), rel=1e-6)  # The stock loss.
+
+
+def test_flax_loss_and_gradients_are_those_of_the_dense_head(folder, batch, tmp_path):
+    run = build(run_mlm_flax, folder, tmp_path)
+    assert not run.dense_head
+    selected = batch | run_mlm_flax.select_labels(batch["labels"], 16)
+    shapes = []
+
+    def mean_loss(params, inputs):
+        logits = run.apply_fn(params, inputs)
+        shapes.append(logits.shape[:-1])
+        labels = inputs["labels"]
+        total, count = run_mlm_flax.cross_entropy(logits, jnp.maximum(labels, 0), labels >= 0)
+        return total / count
+
+    gradient = jax.jit(jax.value_and_grad(mean_loss))
+    sparse, sparse_gradients = gradient(run.model.params, selected)
+    dense, dense_gradients = gradient(run.model.params, batch)
+    assert shapes == [(16,), (4, LENGTH)]
+    assert float(sparse) == pytest.approx(float(dense), rel=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), sparse_gradients, dense_gradients)
+
+
+def test_dense_head_is_a_flag(script, tmp_path):
+    folder = make_model(tmp_path / "model")
+    assert build(script, folder, tmp_path, "--dense_head").dense_head is True
+
+
+def test_no_labels_no_loss_and_no_nan(tmp_path, batch):
+    trainer = build(run_mlm, make_model(tmp_path / "model"), tmp_path)
+    loss, gradients, rows = pytorch_loss(trainer, {**batch, "labels": np.full_like(batch["labels"], -100)}, False)
+    assert loss.item() == 0
+    assert rows == [0]
+    assert gradients and not any(gradient.any() for gradient in gradients.values())
+
+
+def make_bart(folder):
+    """Write a tiny BART: labels make its decoder's inputs, so its head needs all of them."""
+    folder.mkdir()
+    tokenizer = make_tokenizer(folder)
+    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
+    sizes = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    sizes |= {f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")}
+    config = transformers.BartConfig(
+        len(tokenizer), 64, **sizes, d_model=16, dropout=0.0, forced_eos_token_id=None, **ids
+    )
+    torch.manual_seed(0)
+    transformers.BartForConditionalGeneration(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_an_encoder_decoder_keeps_the_dense_head_and_trains(tmp_path, caplog):
+    arguments = flags(
+        model_name_or_path=make_bart(tmp_path / "bart"), output_dir=tmp_path / "output", do_train=True, do_eval=True
+    ) + flags(max_seq_length=LENGTH, max_steps=20, logging_steps=1, learning_rate=1e-2)
+    lines = write_lines(tmp_path / "train.txt", sentences(100))
+    metrics = run_mlm.main([*arguments, "--train_file", lines])
+    assert "BartForConditionalGeneration needs all positions in its head: training with the dense head." in [
+        record.getMessage() for record in caplog.records
+    ]
+    history = run_mlm.json.loads((tmp_path / "output" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.5
+    assert metrics["eval_loss"] < losses[0] - 0.5
+
+
+LABELS = arrays.arrays(np.int32, st.sampled_from([(2, 8), (3, 2, 8), (2, 2, 1, 16)]), elements=st.just(-100)).flatmap(
+    lambda labels: arrays.arrays(np.int32, labels.shape, elements=st.sampled_from([-100, -100, 0, 7]))
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LABELS, st.sampled_from([0.01, 0.15, 1.0]))
+def test_no_label_is_ever_dropped(labels, probability):
+    slots = run_mlm_flax.label_slots(labels, probability)
+    selected = run_mlm_flax.select_labels(labels, slots)
+    *groups, rows, length = labels.shape
+    assert selected["positions"].shape == selected["labels"].shape == (*groups, slots)
+    assert slots <= rows * length
+    restored = np.full((int(np.prod(groups)), rows * length), -100)
+    pairs = zip(selected["positions"].reshape(-1, slots), selected["labels"].reshape(-1, slots))
+    for i, (positions, values) in enumerate(pairs):
+        kept = values >= 0
+        restored[i, positions[kept]] = values[kept]
+        assert len(set(positions[kept])) == kept.sum()
+    np.testing.assert_array_equal(restored.reshape(labels.shape), labels)
+
+
+def test_label_slots_are_the_same_for_usual_batches():
+    # 2048 tokens at 15 %: 307 expected, standard deviation 16.2, 388 at five of them; the next multiple of 8 is 392.
+    generator = np.random.default_rng(0)
+    slots = {run_mlm_flax.label_slots(np.where(generator.random((16, 128)) < 0.15, 5, -100), 0.15) for _ in range(200)}
+    assert slots == {392}
+    assert run_mlm_flax.label_slots(np.full((16, 128), 5), 0.15) == 2048
+    assert run_mlm_flax.label_slots(np.where(np.arange(2048).reshape(16, 128) < 400, 5, -100), 0.15) == 784

@@ -1,0 +1,251 @@
+"""One training step is AdamW on the mean loss over all labels, however the batch is laid out and split."""
+
+import functools
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import flags, make_model, read_json, run_script, sentences, write_lines
+from flax import jax_utils
+from transformers.modeling_flax_pytorch_utils import load_flax_weights_in_pytorch_model
+
+import run_mlm_flax
+
+ROWS, LENGTH, RATE, DECAY, EPSILON = 8, 16, 1e-2, 0.1, 1e-3
+NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+ADAMW = {"weight_decay": DECAY, "adam_beta1": 0.8, "adam_beta2": 0.95, "adam_epsilon": EPSILON, "max_grad_norm": 0.5}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny BERT without dropout."""
+    return make_model(tmp_path_factory.mktemp("model"), **NO_DROPOUT)
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return transformers.FlaxBertForMaskedLM.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def step():
+    """The documented call: (optimizer, batch, dropout_rng) on one device."""
+    return jax.pmap(run_mlm_flax.training_step, "batch")
+
+
+def make_optimizer(model, **settings):
+    args = SimpleNamespace(**{**ADAMW, **settings})
+    return jax_utils.replicate(
+        run_mlm_flax.Optimizer.create(
+            apply_fn=functools.partial(run_mlm_flax.labelled_logits, model=model),
+            params=model.params,
+            tx=run_mlm_flax.create_optimizer(args, lambda step: RATE),
+            grad_norm=np.zeros((), np.float32),
+        )
+    )
+
+
+def make_batch(seed=0, labels_per_row=(1, 5, 0, 2, 3, 0, 0, 4)):
+    """Return int32 [B, L] arrays: rows of unequal lengths, with unequal numbers of labels."""
+    generator = np.random.default_rng(seed)
+    batch = {"input_ids": generator.integers(5, 50, (ROWS, LENGTH)), "attention_mask": np.ones((ROWS, LENGTH), int)}
+    batch["labels"] = np.full((ROWS, LENGTH), -100)
+    for row, count in enumerate(labels_per_row):
+        batch["attention_mask"][row, LENGTH - row :] = 0
+        positions = generator.choice(LENGTH - row, count, replace=False)
+        batch["labels"][row, positions] = generator.integers(0, 50, count)
+    return {name: array.astype(np.int32) for name, array in batch.items()}
+
+
+def on_one_device(batch):
+    return {name: array[None] for name, array in batch.items()}
+
+
+def rngs():
+    return jax.random.split(jax.random.PRNGKey(0), 1)
+
+
+def state_dict(folder, params):
+    """Return the parameters as PyTorch tensors, by the converter of Transformers."""
+    model = transformers.AutoModelForMaskedLM.from_pretrained(folder)
+    return load_flax_weights_in_pytorch_model(model, jax_utils.unreplicate(params)).state_dict()
+
+
+def assert_same_tree(one, other, **tolerance):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **tolerance), one, other)
+
+
+# Transformers copies NumPy views of JAX arrays into its model without writing to them.
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+def test_three_steps_equal_pytorchs(folder, model, step):
+    reference = transformers.AutoModelForMaskedLM.from_pretrained(folder).train()
+    decayed = [value for value in reference.parameters() if value.ndim > 1]
+    others = [value for value in reference.parameters() if value.ndim == 1]
+    adamw = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": DECAY}, {"params": others, "weight_decay": 0.0}],
+        lr=RATE,
+        betas=(0.8, 0.95),
+        eps=EPSILON,
+    )
+    optimizer, rng = make_optimizer(model), rngs()
+    for seed in range(3):
+        batch = make_batch(seed)
+        inputs = {name: torch.from_numpy(array).long() for name, array in batch.items()}
+        expected = reference(**inputs).loss  # The stock loss: the mean over the labels.
+        adamw.zero_grad()
+        expected.backward()
+        norm = torch.nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
+        adamw.step()
+        loss, optimizer, rng = step(optimizer, on_one_device(batch), rng)
+        assert float(loss[0]) == pytest.approx(expected.item(), rel=1e-5)
+        assert float(optimizer.grad_norm[0]) == pytest.approx(norm.item(), rel=1e-4)
+        assert norm > 0.5  # Clipping did something.
+    before = transformers.AutoModelForMaskedLM.from_pretrained(folder).state_dict()
+    after = state_dict(folder, optimizer.params)
+    for name, value in reference.state_dict().items():
+        torch.testing.assert_close(after[name], value, rtol=1e-4, atol=1e-5)
+    assert max((after[name] - before[name]).abs().max() for name in after) > RATE / 2
+
+
+def test_dense_and_position_forms_agree(model, step):
+    batch = make_batch()
+    selected = batch | run_mlm_flax.select_labels(batch["labels"], 24)
+    assert selected["labels"].shape == selected["positions"].shape == (24,)
+    dense = step(make_optimizer(model), on_one_device(batch), rngs())
+    sparse = step(make_optimizer(model), on_one_device(selected), rngs())
+    assert float(sparse[0][0]) == pytest.approx(float(dense[0][0]), rel=1e-6)
+    assert_same_tree(sparse[1].params, dense[1].params, rtol=1e-4, atol=1e-6)
+
+
+def test_accumulated_micro_batches_are_one_batch(model, step):
+    batch = make_batch()
+    micro_batches = {name: array.reshape(4, 2, LENGTH) for name, array in batch.items()}
+    counts = (micro_batches["labels"] >= 0).sum((1, 2))
+    assert len(set(counts.tolist())) == 4 or counts.min() == 0  # The mean of the means would be another number.
+    whole = step(make_optimizer(model), on_one_device(batch), rngs())
+    split = step(make_optimizer(model), on_one_device(micro_batches), rngs())
+    assert float(split[0][0]) == pytest.approx(float(whole[0][0]), rel=1e-6)
+    assert_same_tree(split[1].params, whole[1].params, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_labels_only_decays_the_matrices(model, step):
+    batch = make_batch(labels_per_row=[0] * ROWS)
+    loss, optimizer, _ = step(make_optimizer(model), on_one_device(batch), rngs())
+    assert float(loss[0]) == float(optimizer.grad_norm[0]) == 0
+    after = jax_utils.unreplicate(optimizer.params)
+
+    def expected(value):
+        return value * (1 - RATE * DECAY) if value.ndim > 1 else value
+
+    assert_same_tree(after, jax.tree.map(expected, model.params), rtol=1e-6)
+    biases = [path for path, value in jax.tree_util.tree_leaves_with_path(after) if value.ndim == 1]
+    names = {path[-1].key for path in map(list, biases)}
+    assert {"bias", "scale"} == names
+
+
+def make_stub(apply_fn, logits):
+    """Return an optimizer of a model that is nothing but its logits: [B, L, V]."""
+    tx = run_mlm_flax.create_optimizer(SimpleNamespace(**ADAMW), lambda step: RATE)
+    zero = np.zeros((), np.float32)
+    return jax_utils.replicate(
+        run_mlm_flax.Optimizer.create(apply_fn=apply_fn, params={"logits": logits}, tx=tx, grad_norm=zero)
+    )
+
+
+def test_each_step_has_a_dropout_key_of_its_own(step):
+    logits = np.random.default_rng(0).normal(size=(ROWS, LENGTH, 50)).astype(np.float32)
+    noisy = make_stub(lambda params, batch, rng: params["logits"] + jax.random.normal(rng, logits.shape), logits)
+    keys, losses, rng = {rngs().tobytes()}, set(), rngs()
+    for _ in range(3):
+        loss, _, rng = step(noisy, on_one_device(make_batch()), rng)
+        keys.add(jax.device_get(rng).tobytes())
+        losses.add(float(loss[0]))
+    assert len(keys) == 4
+    assert len(losses) == 3
+    again = step(noisy, on_one_device(make_batch()), rngs())[0]
+    assert float(again[0]) in losses  # The same key draws the same.
+
+
+def test_micro_batches_have_dropout_keys_of_their_own(step):
+    batch = {name: np.stack([array[1:2]] * 2) for name, array in make_batch().items()}
+    logits = np.zeros((1, LENGTH, 50), np.float32)
+    noisy = make_stub(lambda params, batch, rng: params["logits"] + jax.random.normal(rng, logits.shape), logits)
+    losses = []
+    for unlabelled in range(2):  # Two equal micro-batches, of which one counts: were it for the key, whichever.
+        labels = batch["labels"].copy()
+        labels[unlabelled] = -100
+        losses.append(float(step(noisy, on_one_device({**batch, "labels": labels}), rngs())[0][0]))
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+
+
+def test_label_smoothing_is_that_of_cross_entropy():
+    logits = np.random.default_rng(0).normal(size=(ROWS, LENGTH, 50)).astype(np.float32)
+    batch = make_batch()
+    step = jax.pmap(functools.partial(run_mlm_flax.training_step, label_smoothing=0.1), "batch")
+    loss, _, _ = step(make_stub(lambda params, *others: params["logits"], logits), on_one_device(batch), rngs())
+    labelled = batch["labels"] >= 0
+    total, count = run_mlm_flax.cross_entropy(logits[labelled], batch["labels"][labelled], label_smoothing=0.1)
+    assert float(loss[0]) == pytest.approx(float(total) / count, rel=1e-5)
+
+
+@pytest.mark.parametrize("rng", [None, "a key"])
+def test_dropout_is_on_where_there_is_a_key(rng):
+    model = mock.Mock(return_value=["logits"])
+    assert run_mlm_flax.labelled_logits("weights", make_batch(), rng, model=model) == "logits"
+    options = model.call_args.kwargs
+    assert (options["params"], options["dropout_rng"], options["train"]) == ("weights", rng, rng is not None)
+
+
+def test_evaluation_step_sums(folder, model):
+    batch = make_batch()
+    apply_fn = functools.partial(run_mlm_flax.labelled_logits, model=model)
+    evaluate = jax.pmap(functools.partial(run_mlm_flax.eval_step, apply_fn=apply_fn), "batch")
+    sums = evaluate(jax_utils.replicate(model.params), on_one_device(batch))
+    reference = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
+    inputs = {name: torch.from_numpy(array).long() for name, array in batch.items()}
+    labels = inputs.pop("labels")
+    with torch.no_grad():
+        logits = reference(**inputs).logits
+    assert float(sums["normalizer"][0]) == 15
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    assert float(sums["loss"][0]) == pytest.approx(expected.item(), rel=1e-5)
+    assert float(sums["accuracy"][0]) == (logits.argmax(-1) == labels).sum()
+
+
+def test_losses_do_not_depend_on_the_number_of_devices(folder, tmp_path):
+    settings = {
+        "model_name_or_path": folder,
+        "train_file": write_lines(tmp_path / "train.txt", sentences(90)),
+        "validation_file": write_lines(tmp_path / "validation.txt", sentences(16, seed=1)),
+        **{"do_train": True, "do_eval": True, "eval_strategy": "no", "max_seq_length": LENGTH, "logging_steps": 1},
+        **{"line_by_line": "false", "max_steps": 5, "learning_rate": 1e-2, "lr_scheduler_type": "constant"},
+    }
+
+    def run(devices):
+        output = tmp_path / f"devices-{devices}"
+        done = run_script(
+            "run_mlm_flax",
+            flags(output_dir=output, train_batch_size=ROWS // devices, eval_batch_size=ROWS // devices, **settings),
+            JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # Compiles faster; the same for all three.
+            XLA_FLAGS=f"--xla_force_host_platform_device_count={devices}",
+            HF_DATASETS_CACHE=str(tmp_path / "cache"),
+        )
+        assert done.returncode == 0, done.stderr
+        assert f"x 1 accumulated x {devices} devices" in done.stdout
+        history = read_json(output, "trainer_state.json")["log_history"]
+        return [entry["loss"] for entry in history if "loss" in entry], read_json(output, "eval_results.json")
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(run, (1, 2, 4)))
+    losses, evaluation = results[0]
+    assert len(losses) == 5 and losses[0] > losses[-1]
+    assert evaluation["eval_samples"] % ROWS != 0  # The last batch is partial, on some devices empty.
+    for others, other_evaluation in results[1:]:
+        assert others == pytest.approx(losses, rel=1e-5)
+        assert other_evaluation["eval_loss"] == pytest.approx(evaluation["eval_loss"], rel=1e-5)
+        assert other_evaluation["eval_accuracy"] == evaluation["eval_accuracy"]
