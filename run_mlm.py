@@ -67,6 +67,11 @@ logger = logging.getLogger("run_mlm")
 MODEL_TYPES = tuple(sorted(config.model_type for config in MODEL_FOR_MASKED_LM_MAPPING))
 LINE_BY_LINE_DEFAULT = False  # The documented default of this script: texts are joined and cut into full rows.
 FILE_FORMATS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+# These count positions from behind the padding id, so the first pad_token_id + 1 of them are never used.
+OFFSET_POSITIONS = (
+    *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits are usually "no limit", and attention is quadratic.
 IGNORED_LABEL = -100
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -386,6 +391,12 @@ def load_raw_datasets(model_args, data_args):
     return raw
 
 
+def needed_splits(raw_datasets, training_args):
+    """Return the splits that training and evaluation read; all of them when there is nothing to do but tokenize."""
+    wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
+    return {split: raw for split, raw in raw_datasets.items() if wanted[split] or not any(wanted.values())}
+
+
 def file_format(name, files):
     """Return the `datasets` loader for the files that `name` matched; raises `UserError` where there is none."""
     if not files:
@@ -423,8 +434,8 @@ def add_word_references(dataset, path):
 def choose_max_seq_length(data_args, tokenizer, config):
     """Return the number of tokens per sample: what was asked for, as far as tokenizer and model go."""
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet"):
-        positions -= config.pad_token_id + 1  # These count positions from behind the padding id.
+    if config.model_type in OFFSET_POSITIONS:
+        positions -= config.pad_token_id + 1
     limit = min(tokenizer.model_max_length, positions)
     if data_args.max_seq_length is None:
         if limit > MAX_DEFAULT_LENGTH:
@@ -1045,8 +1056,8 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         model=model,
         args=training_args,
         data_collator=collator,
-        train_dataset=tokenized.get("train") if training_args.do_train else None,
-        eval_dataset=tokenized.get("validation") if training_args.do_eval else None,
+        train_dataset=tokenized.get("train"),
+        eval_dataset=tokenized.get("validation"),
         processing_class=tokenizer,
         dense_head=model_args.dense_head or not head_can_be_sparse(model, sample, collator),
     )
@@ -1301,6 +1312,16 @@ def train(trainer, checkpoint):
     return metrics
 
 
+def evaluate(trainer):
+    """Evaluate on all validation samples and return the metrics."""
+    metrics = trainer.evaluate()
+    dataset = trainer.eval_dataset
+    metrics["perplexity"] = metrics.pop("eval_perplexity")
+    metrics["eval_samples"] = len(dataset)
+    metrics["eval_tokens_per_second"] = round(metrics["eval_samples_per_second"] * dataset.num_tokens / len(dataset))
+    return metrics
+
+
 def save_model(trainer):
     """Write model and tokenizer to the output folder, each file renamed into place when it is whole."""
     folder = trainer.args.output_dir
@@ -1311,16 +1332,6 @@ def save_model(trainer):
         if trainer.args.should_save:
             publish_files(os.path.join(folder, UNFINISHED, "model"), folder)
     trainer.accelerator.wait_for_everyone()
-
-
-def evaluate(trainer):
-    """Evaluate on all validation samples and return the metrics."""
-    metrics = trainer.evaluate()
-    dataset = trainer.eval_dataset
-    metrics["perplexity"] = metrics.pop("eval_perplexity")
-    metrics["eval_samples"] = len(dataset)
-    metrics["eval_tokens_per_second"] = round(metrics["eval_samples_per_second"] * dataset.num_tokens / len(dataset))
-    return metrics
 
 
 def save_results(trainer, split, metrics):
@@ -1369,7 +1380,7 @@ def main(argv=None):
     tokenizer = load_tokenizer(model_args)
     max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
     with training_args.main_process_first(desc="tokenizing"):
-        raw_datasets = load_raw_datasets(model_args, data_args)
+        raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
         tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length)
     log_summary("Data", data_summary(tokenized))
     check_samples(tokenized, training_args, max_seq_length)

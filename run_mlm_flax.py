@@ -90,6 +90,11 @@ LINE_BY_LINE_DEFAULT = True  # The documented default of this script: each text 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 MAX_SHAPES = 6  # Lengths that line-by-line batches are padded to: each one is a compilation.
 FILE_FORMATS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+# These count positions from behind the padding id, so the first pad_token_id + 1 of them are never used.
+OFFSET_POSITIONS = (
+    *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta"),
+    *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+)
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits are usually "no limit", and attention is quadratic.
 IGNORED_LABEL = -100
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
@@ -449,6 +454,12 @@ def load_raw_datasets(model_args, data_args):
     return raw
 
 
+def needed_splits(raw_datasets, training_args):
+    """Return the splits that training and evaluation read; all of them when there is nothing to do but tokenize."""
+    wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
+    return {split: raw for split, raw in raw_datasets.items() if wanted[split] or not any(wanted.values())}
+
+
 def file_format(name, files):
     """Return the `datasets` loader for the files that `name` matched; raises `UserError` where there is none."""
     if not files:
@@ -486,8 +497,8 @@ def add_word_references(dataset, path):
 def choose_max_seq_length(data_args, tokenizer, config):
     """Return the number of tokens per sample: what was asked for, as far as tokenizer and model go."""
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "mpnet"):
-        positions -= config.pad_token_id + 1  # These count positions from behind the padding id.
+    if config.model_type in OFFSET_POSITIONS:
+        positions -= config.pad_token_id + 1
     limit = min(tokenizer.model_max_length, positions)
     if data_args.max_seq_length is None:
         if limit > MAX_DEFAULT_LENGTH:
@@ -1168,6 +1179,132 @@ def select_labels(labels, slots):
     return {"positions": positions.reshape(shape), "labels": kept.reshape(shape)}
 
 
+@dataclass
+class Run:
+    """What a training run is made of, and where it is."""
+
+    args: TrainingArguments
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    collator: FlaxDataCollatorForLanguageModeling
+    tokenized: dict
+    max_seq_length: int
+    pad_to_max_length: bool
+    dense_head: bool
+    writer: SummaryWriter
+    step: int = 0
+    first_step: int = 0  # Not 0 after a resume.
+    log_history: list = field(default_factory=list)
+    seen_shapes: set = field(default_factory=set)
+
+    @property
+    def step_samples(self):
+        """Samples of one optimizer step on all devices."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * jax.device_count()
+
+    @property
+    def steps_per_epoch(self):
+        """Optimizer steps of one pass over the training data."""
+        micro_batches = len(self.tokenized["train"]) / (self.args.train_batch_size * jax.device_count())
+        micro_batches = math.floor(micro_batches) if self.args.dataloader_drop_last else math.ceil(micro_batches)
+        return math.ceil(micro_batches / self.args.gradient_accumulation_steps)
+
+    @property
+    def num_steps(self):
+        """Optimizer steps of the whole run."""
+        return (
+            self.args.max_steps
+            if self.args.max_steps > 0
+            else math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
+        )
+
+    @functools.cached_property
+    def schedule(self):
+        """The learning rate at each step."""
+        return create_schedule(self.args, self.num_steps)
+
+    @functools.cached_property
+    def apply_fn(self) -> Callable:
+        """The model's forward pass, as the steps call it."""
+        return functools.partial(labelled_logits, model=self.model)
+
+    @functools.cached_property
+    def eval_step(self):
+        """The compiled evaluation step; the last one stays compiled from one evaluation to the next."""
+        return jax.pmap(functools.partial(eval_step, apply_fn=self.apply_fn), "batch")
+
+    def log(self, logs):
+        """Record values in the history and on the charts, under the Trainer's names."""
+        logs = {**logs, "epoch": self.step / self.steps_per_epoch if self.args.do_train else 0.0}
+        self.log_history.append({**logs, "step": self.step})
+        if self.args.should_log:
+            for name, value in logs.items():
+                tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
+                self.writer.scalar(tag, value, self.step)
+            tqdm.write(str(logs))
+
+    def device_batch(self, dataset, keys, rows, accumulation=1):
+        """Return the batch of samples `keys` as arrays [D, (A,) B, L], missing samples repeated without labels."""
+        samples = [dataset[key] for key in keys]
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        batch = self.collator(samples, pad_to_length=self.padded_length(longest))
+        missing = rows * accumulation * jax.local_device_count() - len(samples)
+        if missing:
+            batch = {name: np.concatenate([array, np.repeat(array[:1], missing, 0)]) for name, array in batch.items()}
+            batch["labels"][len(samples) :] = IGNORED_LABEL
+        batch = {name: array.reshape(accumulation, -1, rows, array.shape[-1]) for name, array in batch.items()}
+        batch = {name: array.swapaxes(0, 1) if accumulation > 1 else array[0] for name, array in batch.items()}
+        if not self.dense_head:
+            batch |= select_labels(batch["labels"], label_slots(batch["labels"], self.collator.mlm_probability))
+        shape = tuple(array.shape for array in batch.values())
+        if shape not in self.seen_shapes:
+            self.seen_shapes.add(shape)
+            logger.info(f"Compiling a step for batches of shape {batch['input_ids'].shape}.")
+        return batch
+
+    def padded_length(self, longest):
+        """Return the length that a batch is padded to: one of a few, as every shape is compiled."""
+        if self.pad_to_max_length:
+            return self.max_seq_length
+        multiple = 8 * math.ceil(self.max_seq_length / MAX_SHAPES / 8)
+        return min(self.max_seq_length, multiple * math.ceil(longest / multiple))
+
+
+def head_can_be_sparse(model, dataset, collator):
+    """Return whether the head gives the same logits from the labelled positions alone (one sample, eval mode)."""
+    batch = collator([dataset[0]])
+    positions = np.arange(batch["input_ids"].shape[1] // 2) * 2 + 1
+    forward = jax.jit(functools.partial(labelled_logits, model=model))
+    try:
+        dense = forward(model.params, batch)[0, positions]
+        sparse = forward(model.params, {**batch, "positions": positions})
+        same = dense.shape == sparse.shape and bool(jnp.allclose(dense, sparse, rtol=1e-3, atol=1e-3))
+    except (TypeError, ValueError):
+        same = False
+    if not same:
+        logger.warning(f"{type(model).__name__} needs all positions in its head: training with the dense head.")
+    return same
+
+
+def build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
+    """Return the `Run`."""
+    collator = FlaxDataCollatorForLanguageModeling(
+        tokenizer, mlm_probability=data_args.mlm_probability, seed=training_args.seed
+    )
+    sample = next(dataset for dataset in tokenized.values() if len(dataset))
+    return Run(
+        args=training_args,
+        model=model,
+        tokenizer=tokenizer,
+        collator=collator,
+        tokenized=tokenized,
+        max_seq_length=max_seq_length,
+        pad_to_max_length=data_args.pad_to_max_length,
+        dense_head=model_args.dense_head or not head_can_be_sparse(model, sample, collator),
+        writer=SummaryWriter(os.path.join(training_args.output_dir, "logs") if training_args.should_log else None),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 9. Run
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1309,130 +1446,12 @@ class StopSignals:
             signal.signal(number, handler)
 
 
-@dataclass
-class Run:
-    """What a training run is made of, and where it is."""
-
-    args: TrainingArguments
-    model: Any
-    tokenizer: PreTrainedTokenizerBase
-    collator: FlaxDataCollatorForLanguageModeling
-    tokenized: dict
-    max_seq_length: int
-    pad_to_max_length: bool
-    dense_head: bool
-    writer: SummaryWriter
-    step: int = 0
-    first_step: int = 0  # Not 0 after a resume.
-    log_history: list = field(default_factory=list)
-    seen_shapes: set = field(default_factory=set)
-
-    @property
-    def step_samples(self):
-        """Samples of one optimizer step on all devices."""
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * jax.device_count()
-
-    @property
-    def steps_per_epoch(self):
-        """Optimizer steps of one pass over the training data."""
-        micro_batches = len(self.tokenized["train"]) / (self.args.train_batch_size * jax.device_count())
-        micro_batches = math.floor(micro_batches) if self.args.dataloader_drop_last else math.ceil(micro_batches)
-        return math.ceil(micro_batches / self.args.gradient_accumulation_steps)
-
-    @property
-    def num_steps(self):
-        """Optimizer steps of the whole run."""
-        return (
-            self.args.max_steps
-            if self.args.max_steps > 0
-            else math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
-        )
-
-    @functools.cached_property
-    def schedule(self):
-        """The learning rate at each step."""
-        return create_schedule(self.args, self.num_steps)
-
-    @functools.cached_property
-    def apply_fn(self) -> Callable:
-        """The model's forward pass, as the steps call it."""
-        return functools.partial(labelled_logits, model=self.model)
-
-    @functools.cached_property
-    def eval_step(self):
-        """The compiled evaluation step; the last one stays compiled from one evaluation to the next."""
-        return jax.pmap(functools.partial(eval_step, apply_fn=self.apply_fn), "batch")
-
-    def log(self, logs):
-        """Record values in the history and on the charts, under the Trainer's names."""
-        logs = {**logs, "epoch": self.step / self.steps_per_epoch if self.args.do_train else 0.0}
-        self.log_history.append({**logs, "step": self.step})
-        if self.args.should_log:
-            for name, value in logs.items():
-                tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-                self.writer.scalar(tag, value, self.step)
-            tqdm.write(str(logs))
-
-    def device_batch(self, dataset, keys, rows, accumulation=1):
-        """Return the batch of samples `keys` as arrays [D, (A,) B, L], missing samples repeated without labels."""
-        samples = [dataset[key] for key in keys]
-        longest = max(len(sample["input_ids"]) for sample in samples)
-        batch = self.collator(samples, pad_to_length=self.padded_length(longest))
-        missing = rows * accumulation * jax.local_device_count() - len(samples)
-        if missing:
-            batch = {name: np.concatenate([array, np.repeat(array[:1], missing, 0)]) for name, array in batch.items()}
-            batch["labels"][len(samples) :] = IGNORED_LABEL
-        batch = {name: array.reshape(accumulation, -1, rows, array.shape[-1]) for name, array in batch.items()}
-        batch = {name: array.swapaxes(0, 1) if accumulation > 1 else array[0] for name, array in batch.items()}
-        if not self.dense_head:
-            batch |= select_labels(batch["labels"], label_slots(batch["labels"], self.collator.mlm_probability))
-        shape = tuple(array.shape for array in batch.values())
-        if shape not in self.seen_shapes:
-            self.seen_shapes.add(shape)
-            logger.info(f"Compiling a step for batches of shape {batch['input_ids'].shape}.")
-        return batch
-
-    def padded_length(self, longest):
-        """Return the length that a batch is padded to: one of a few, as every shape is compiled."""
-        if self.pad_to_max_length:
-            return self.max_seq_length
-        multiple = 8 * math.ceil(self.max_seq_length / MAX_SHAPES / 8)
-        return min(self.max_seq_length, multiple * math.ceil(longest / multiple))
-
-
-def head_can_be_sparse(model, dataset, collator):
-    """Return whether the head gives the same logits from the labelled positions alone (one sample, eval mode)."""
-    batch = collator([dataset[0]])
-    positions = np.arange(batch["input_ids"].shape[1] // 2) * 2 + 1
-    forward = jax.jit(functools.partial(labelled_logits, model=model))
-    try:
-        dense = forward(model.params, batch)[0, positions]
-        sparse = forward(model.params, {**batch, "positions": positions})
-        same = dense.shape == sparse.shape and bool(jnp.allclose(dense, sparse, rtol=1e-3, atol=1e-3))
-    except (TypeError, ValueError):
-        same = False
-    if not same:
-        logger.warning(f"{type(model).__name__} needs all positions in its head: training with the dense head.")
-    return same
-
-
-def build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
-    """Return the `Run`."""
-    collator = FlaxDataCollatorForLanguageModeling(
-        tokenizer, mlm_probability=data_args.mlm_probability, seed=training_args.seed
+def setup_logging(training_args):
+    """Send this script's messages to stdout, from the main process only."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[logging.StreamHandler(sys.stdout)]
     )
-    sample = next(dataset for dataset in tokenized.values() if len(dataset))
-    return Run(
-        args=training_args,
-        model=model,
-        tokenizer=tokenizer,
-        collator=collator,
-        tokenized=tokenized,
-        max_seq_length=max_seq_length,
-        pad_to_max_length=data_args.pad_to_max_length,
-        dense_head=model_args.dense_head or not head_can_be_sparse(model, sample, collator),
-        writer=SummaryWriter(os.path.join(training_args.output_dir, "logs") if training_args.should_log else None),
-    )
+    logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
 
 
 def check_samples(tokenized, training_args, max_seq_length):
@@ -1508,14 +1527,6 @@ def log_guesses(tokenizer, sentences, logits):
         guesses = ", ".join(f"{tokenizer.decode([i])} {probabilities[i]:.0%}" for i in np.argsort(-scores)[:3])
         logger.info(f"  {text[0]} {tokenizer.mask_token} {text[1]}")
         logger.info(f"      {guesses} (the text: {tokenizer.decode([token_id])})")
-
-
-def setup_logging(training_args):
-    """Send this script's messages to stdout, from the main process only."""
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[logging.StreamHandler(sys.stdout)]
-    )
-    logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
 
 
 def training_order(run):
@@ -1734,7 +1745,7 @@ def main(argv=None):
     config = load_config(model_args)
     tokenizer = load_tokenizer(model_args)
     max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
-    raw_datasets = load_raw_datasets(model_args, data_args)
+    raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
     tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length)
     log_summary("Data", data_summary(tokenized))
     check_samples(tokenized, training_args, max_seq_length)

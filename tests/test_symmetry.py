@@ -10,10 +10,20 @@ SHARED_SECTIONS = ("3. Arguments", "4. Data", "5. Masking")
 # Names of both scripts that stand for different code in each: the framework's part.
 DIFFERENT = {
     *("MODEL_TYPES", "LINE_BY_LINE_DEFAULT"),
-    *("TrainingArguments", "prepare_output_dir"),
+    *("TrainingArguments",),
     *("load_model", "resize_vocabulary"),
     *("epoch_permutation", "labelled_logits"),
-    *("head_can_be_sparse", "setup_logging", "train", "evaluate", "save_results", "show_guesses", "summarize", "main"),
+    *(
+        "head_can_be_sparse",
+        "setup_logging",
+        "train",
+        "evaluate",
+        "save_model",
+        "save_results",
+        "show_guesses",
+        "summarize",
+        "main",
+    ),
 }
 COLLATORS = {"MaskedLMCollator", "FlaxDataCollatorForLanguageModeling"}
 CLOSURES = {
