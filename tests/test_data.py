@@ -8,7 +8,7 @@ import numpy as np
 import pandas
 import pytest
 import transformers
-from conftest import SCRIPTS, flags, make_tokenizer, read_json, run_script, sentences, write_lines
+from conftest import SCRIPTS, flags, make_model, make_tokenizer, read_json, run_script, sentences, write_lines
 
 LENGTH = 16
 # The csv loader of `datasets` leaves its reader to the garbage collector.
@@ -21,6 +21,12 @@ def tokenizer(tmp_path):
     folder = tmp_path / "tokenizer"
     folder.mkdir()
     return make_tokenizer(folder)
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    """A BERT folder of one layer."""
+    return make_model(tmp_path / "model", num_hidden_layers=1)
 
 
 def tokenize(script, tokenizer, max_seq_length=LENGTH, **settings):
@@ -324,7 +330,7 @@ def test_no_sample_is_an_error_that_names_the_length(script, model_folder, tmp_p
     assert f"--max_seq_length (now {LENGTH})" in capsys.readouterr().err
 
 
-def test_padding_to_the_maximum_length_makes_all_batches_alike(script, model_folder, tmp_path, monkeypatch):
+def test_padding_to_the_maximum_length_makes_all_batches_alike(script, small_model, tmp_path, monkeypatch):
     lengths = []
     numpy_batch = script.MaskingCollator.numpy_batch
 
@@ -337,7 +343,7 @@ def test_padding_to_the_maximum_length_makes_all_batches_alike(script, model_fol
 
     monkeypatch.setattr(script.MaskingCollator, "numpy_batch", watched)
     path = write_lines(tmp_path / "short.txt", ["the baker bakes bread ."] * 16)
-    settings = {"model_name_or_path": model_folder, "validation_file": path, "max_seq_length": LENGTH}
+    settings = {"model_name_or_path": small_model, "validation_file": path, "max_seq_length": LENGTH}
 
     def evaluate(folder, **more):
         lengths.clear()
@@ -354,11 +360,11 @@ def test_padding_to_the_maximum_length_makes_all_batches_alike(script, model_fol
 
 
 @pytest.mark.parametrize(("task", "file"), [("do_eval", "validation_file"), ("do_train", "train_file")])
-def test_a_task_needs_only_its_own_file(script, model_folder, text_files, tmp_path, task, file):
+def test_a_task_needs_only_its_own_file(script, small_model, text_files, tmp_path, task, file):
     output = tmp_path / "output"
     metrics = script.main(
-        flags(model_name_or_path=model_folder, output_dir=output, max_seq_length=LENGTH, max_steps=2)
-        + flags(line_by_line="false", logging_steps=1)
+        flags(model_name_or_path=small_model, output_dir=output, max_seq_length=LENGTH, max_steps=2)
+        + flags(line_by_line="false", learning_rate=1e-3, lr_scheduler_type="linear", dropout_rate=0)
         + flags(**{task: True, file: text_files[file]})
     )
     done, other = ("eval", "train") if task == "do_eval" else ("train", "eval")
