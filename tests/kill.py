@@ -7,8 +7,10 @@ it again, and compares the final weights with those of a run that was never kill
 """
 
 import argparse
+import contextlib
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -37,44 +39,44 @@ def command(script, folder, output, steps):
     return [sys.executable, str(ROOT / f"{script}.py"), *arguments]
 
 
-def newest_step(output):
-    """Return the step of the newest checkpoint, 0 where there is none."""
+def run_until(script, folder, output, steps, target, delay):
+    """Start the run and kill it `delay` seconds after its bar shows step `target`; return the newest checkpoint's step.
+
+    Checkpoints take most of the run's time, so that most moments are in the middle of writing one.
+    """
+    process = subprocess.Popen(
+        command(script, folder, output, steps),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment(folder),
+    )
+    seen, step = b"", -1
+    while step < target:
+        part = os.read(process.stdout.fileno(), 4096)
+        if not part:
+            raise RuntimeError(f"the run ended before step {target}:\n{seen.decode(errors='replace')}")
+        seen += part
+        step = max(map(int, re.findall(rb"(\d+)/%d " % steps, seen[-8192:])), default=-1)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(delay)
+    process.kill()
+    process.communicate()
     return max((int(path.name[11:]) for path in output.glob("checkpoint-*")), default=0)
 
 
+def environment(folder):
+    """Return the environment of the runs, which compile once."""
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
+
+
 def kill_at_random(script, folder, steps, kills, seed=0):
-    """Return the steps at which `kills` runs of a chain were killed; raises when one fails or the end is different."""
+    """Return the newest checkpoint steps at each of `kills` kills; raises when a run fails or ends differently."""
     rng = random.Random(seed)
     whole, killed = folder / "whole", folder / "killed"
-    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
-    subprocess.run(command(script, folder, whole, steps), check=True, env=environment, stdout=subprocess.DEVNULL)
-    moments = []
-    while True:
-        process = subprocess.Popen(
-            command(script, folder, killed, steps),
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-        )
-        output = iter(lambda process=process: process.stdout.read(1), "")
-        # The time to wait starts with the summary: before that nothing is written, and starting up takes longest.
-        seen = ""
-        while "peak learning rate" not in seen and (character := next(output, None)):
-            seen += character
-        try:
-            rest = process.communicate(timeout=rng.uniform(0, 3) if len(moments) < kills else None)[0]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            moments.append(newest_step(killed))
-            continue
-        if process.returncode:
-            raise RuntimeError(f"after {len(moments)} kills the run failed:\n{seen}{rest}")
-        if len(moments) >= kills:
-            break
-        raise RuntimeError(f"the run ended after {len(moments)} of {kills} kills: give it more steps than {steps}")
+    targets = sorted(rng.sample(range(steps - 5), kills))
+    moments = [run_until(script, folder, killed, steps, target, rng.uniform(0, 0.05)) for target in targets]
+    for output in (whole, killed):
+        subprocess.run(command(script, folder, output, steps), check=True, env=environment(folder), capture_output=True)
     final = [load_file(path / "model.safetensors") for path in (whole, killed)]
     different = [name for name in final[0] if final[0][name].tobytes() != final[1][name].tobytes()]
     if different or final[0].keys() != final[1].keys():
@@ -93,7 +95,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--script", choices=SCRIPTS, action="append", help="which script (default: both)")
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=400)
     arguments = parser.parse_args()
     for script in arguments.script or SCRIPTS:
         with tempfile.TemporaryDirectory() as folder:
