@@ -22,9 +22,10 @@ LENGTH = 16
 
 @pytest.fixture(params=ARCHITECTURES)
 def folder(request, tmp_path):
-    """A tiny model of each architecture, without dropout."""
+    """A tiny model of each architecture, of one layer, without dropout."""
     names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob", "dropout")
-    return make_model(tmp_path / "model", request.param, attention_dropout=0.0, **dict.fromkeys(names, 0.0))
+    changes = {"num_hidden_layers": 1, "n_layers": 1, "attention_dropout": 0.0, **dict.fromkeys(names, 0.0)}
+    return make_model(tmp_path / "model", request.param, **changes)
 
 
 @pytest.fixture
