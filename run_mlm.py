@@ -183,7 +183,9 @@ class TrainingArguments(transformers.TrainingArguments):
     )
 
     def __post_init__(self):
+        output_dir = self.output_dir
         super().__post_init__()
+        self.output_dir = output_dir  # The Trainer would make one up.
         # Rows carry the keys of their masks beside the token ids: no column here is unused.
         self.remove_unused_columns = False
         self.dataloader_pin_memory &= torch.accelerator.is_available()
@@ -437,6 +439,12 @@ def choose_max_seq_length(data_args, tokenizer, config):
     if config.model_type in OFFSET_POSITIONS:
         positions -= config.pad_token_id + 1
     limit = min(tokenizer.model_max_length, positions)
+    shortest = tokenizer.num_special_tokens_to_add() + 1
+    if data_args.max_seq_length is not None and data_args.max_seq_length < shortest:
+        raise UserError(
+            f"--max_seq_length {data_args.max_seq_length} leaves no room for text beside the special tokens; "
+            f"give {shortest} or more"
+        )
     if data_args.max_seq_length is None:
         if limit > MAX_DEFAULT_LENGTH:
             logger.warning(f"max_seq_length is {MAX_DEFAULT_LENGTH}; the model takes more: see --max_seq_length.")
@@ -755,7 +763,7 @@ def load_config(model_args):
             raise UserError(f"--config_overrides {model_args.config_overrides}: {error}") from error
     if model_args.dropout_rate is not None:
         for key, value in config.to_dict().items():
-            if "dropout" in key and isinstance(value, float):
+            if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(config, key, model_args.dropout_rate)
     return config
 
@@ -787,7 +795,8 @@ def load_model(model_args, config, tokenizer):
     name = model_args.model_name_or_path
     if not name:
         fit_config(config, tokenizer)
-        return AutoModelForMaskedLM.from_config(config)
+        with user_errors("the configuration of the new model"):
+            return AutoModelForMaskedLM.from_config(config)
     from_tf = ".ckpt" in name
     if from_tf and not transformers.is_tf_available():
         raise UserError(
@@ -1251,7 +1260,7 @@ def log_summary(title, lines):
     """Log a titled block of `name: value` lines."""
     logger.info(f"***** {title} *****")
     for name, value in lines.items():
-        logger.info(f"  {name:<22} {value}")
+        logger.info(f"  {name:<26} {value}")
 
 
 def masked_sentences(dataset, tokenizer, collator, count=5, length=32):

@@ -247,7 +247,8 @@ class TrainingArguments:
     @property
     def should_log(self):
         """Whether this is the process that writes logs and files."""
-        return jax.process_index() == 0
+        # Asking JAX starts its threads, after which tokenizing in several processes is not safe.
+        return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 class ArgumentParser(HfArgumentParser):
@@ -500,6 +501,12 @@ def choose_max_seq_length(data_args, tokenizer, config):
     if config.model_type in OFFSET_POSITIONS:
         positions -= config.pad_token_id + 1
     limit = min(tokenizer.model_max_length, positions)
+    shortest = tokenizer.num_special_tokens_to_add() + 1
+    if data_args.max_seq_length is not None and data_args.max_seq_length < shortest:
+        raise UserError(
+            f"--max_seq_length {data_args.max_seq_length} leaves no room for text beside the special tokens; "
+            f"give {shortest} or more"
+        )
     if data_args.max_seq_length is None:
         if limit > MAX_DEFAULT_LENGTH:
             logger.warning(f"max_seq_length is {MAX_DEFAULT_LENGTH}; the model takes more: see --max_seq_length.")
@@ -839,7 +846,7 @@ def load_config(model_args):
             raise UserError(f"--config_overrides {model_args.config_overrides}: {error}") from error
     if model_args.dropout_rate is not None:
         for key, value in config.to_dict().items():
-            if "dropout" in key and isinstance(value, float):
+            if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(config, key, model_args.dropout_rate)
     return config
 
@@ -870,15 +877,18 @@ def load_model(model_args, config, tokenizer, dtype=jnp.float32, seed=0):
     """
     name = model_args.model_name_or_path
     model_class = FlaxBertForMaskedLM if config.model_type == "bert" else FlaxAutoModelForMaskedLM
+    if name and ".ckpt" in name:
+        raise UserError(f"--model_name_or_path {name} is a TensorFlow checkpoint, which run_mlm.py can read")
     if name:
         options = {"config": config, "dtype": dtype, "seed": seed, "revision": model_args.model_revision}
         with user_errors(f"--model_name_or_path {name}"):
             model = model_class.from_pretrained(name, **options, **model_args.hub_options)
         return resize_vocabulary(model, len(tokenizer))
     fit_config(config, tokenizer)
-    if model_class is FlaxBertForMaskedLM:
-        return FlaxBertForMaskedLM(config, dtype=dtype, seed=seed)
-    return FlaxAutoModelForMaskedLM.from_config(config, dtype=dtype, seed=seed)
+    with user_errors("the configuration of the new model"):
+        if model_class is FlaxBertForMaskedLM:
+            return FlaxBertForMaskedLM(config, dtype=dtype, seed=seed)
+        return FlaxAutoModelForMaskedLM.from_config(config, dtype=dtype, seed=seed)
 
 
 def resize_vocabulary(model, size):
@@ -982,7 +992,7 @@ def create_schedule(training_args, num_steps):
         "cosine": optax.cosine_decay_schedule(rate, max(1, num_steps - warmup)),
         "constant": optax.constant_schedule(rate),
         "constant_with_warmup": optax.constant_schedule(rate),
-        "inverse_sqrt": lambda step: rate * jnp.sqrt(timescale / (step + timescale)),
+        "inverse_sqrt": lambda step: rate * jnp.sqrt(timescale / (jnp.maximum(step, 0) + timescale)),
     }
     name = training_args.lr_scheduler_type
     if name not in schedules:
@@ -1097,6 +1107,8 @@ def labelled_logits(params, batch, dropout_rng=None, *, model):
         return (hidden, *output[1:]) if isinstance(output, tuple) else output.replace(last_hidden_state=hidden)
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    if "token_type_ids" in inspect.signature(type(model).__call__).parameters:
+        inputs["token_type_ids"] = jnp.zeros_like(batch["input_ids"])  # The default of FlaxElectra is ones.
     options = {"params": params, "dropout_rng": dropout_rng, "train": dropout_rng is not None}
     if "positions" not in batch:
         return model(**inputs, **options)[0]
@@ -1491,7 +1503,7 @@ def log_summary(title, lines):
     """Log a titled block of `name: value` lines."""
     logger.info(f"***** {title} *****")
     for name, value in lines.items():
-        logger.info(f"  {name:<22} {value}")
+        logger.info(f"  {name:<26} {value}")
 
 
 def masked_sentences(dataset, tokenizer, collator, count=5, length=32):
@@ -1612,8 +1624,9 @@ def training_metrics(run, total_loss, tokens, start):
         num_samples = len(dataset) * run.args.num_train_epochs
     metrics = {"epoch": run.step / run.steps_per_epoch}
     metrics["total_flos"] = 6.0 * tokens * num_matrix_parameters(run.model.params)
-    metrics["train_loss"] = mean_logged_loss(run.log_history) if run.first_step else total_loss / steps
+    metrics["train_loss"] = mean_logged_loss(run.log_history) if run.first_step else total_loss / run.num_steps
     metrics |= speed_metrics("train", start, num_samples=num_samples * steps / run.num_steps, num_steps=steps)
+    run.log(metrics)
     metrics["train_samples"] = len(dataset)
     metrics["train_tokens_per_second"] = round(metrics["train_samples_per_second"] * dataset.num_tokens / len(dataset))
     return metrics
