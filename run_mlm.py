@@ -190,6 +190,11 @@ class TrainingArguments(transformers.TrainingArguments):
         self.remove_unused_columns = False
         self.dataloader_pin_memory &= torch.accelerator.is_available()
 
+    @property
+    def step_samples(self):
+        """Samples of one optimizer step in all processes."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
 
 class ArgumentParser(HfArgumentParser):
     """An `HfArgumentParser` that raises `UserError` instead of printing its usage."""
@@ -795,7 +800,7 @@ def load_model(model_args, config, tokenizer):
     name = model_args.model_name_or_path
     if not name:
         fit_config(config, tokenizer)
-        with user_errors("the configuration of the new model"):
+        with user_errors(f"--config_overrides {model_args.config_overrides}"):
             return AutoModelForMaskedLM.from_config(config)
     from_tf = ".ckpt" in name
     if from_tf and not transformers.is_tf_available():
@@ -858,13 +863,23 @@ def epoch_permutation(seed, epoch, num_samples):
     return order
 
 
+def epoch_order(dataset, args, seed, epoch):
+    """Return an epoch's samples in the order of its steps: int64 [N], or less where a last step that is not full goes.
+
+    Both choices are made by whole steps, so that they do not depend on how a step is split.
+    """
+    order = epoch_permutation(seed, epoch, len(dataset))
+    if args.group_by_length:
+        order = group_by_length(order, dataset.lengths, args.step_samples)
+    return order[: len(order) - len(order) % args.step_samples] if args.dataloader_drop_last else order
+
+
 class EpochSampler(torch.utils.data.Sampler):
     """Shuffles anew in every epoch; yields `epoch * N + index`, the keys of a `TokenizedDataset`."""
 
-    def __init__(self, dataset, seed, length_batch_size=None):
+    def __init__(self, dataset, args):
         self.dataset = dataset
-        self.seed = seed
-        self.length_batch_size = length_batch_size
+        self.args = args
         self.epoch = 0
 
     def set_epoch(self, epoch):
@@ -872,13 +887,12 @@ class EpochSampler(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def __len__(self):
-        return len(self.dataset)
+        return len(self.dataset) - (len(self.dataset) % self.args.step_samples if self.args.dataloader_drop_last else 0)
 
     def __iter__(self):
-        order = epoch_permutation(self.seed, self.epoch, len(self))
-        if self.length_batch_size:
-            order = group_by_length(order, self.dataset.lengths, self.length_batch_size)
-        yield from (self.epoch * len(self) + order).tolist()
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        order = epoch_order(self.dataset, self.args, seed, self.epoch)
+        yield from (self.epoch * len(self.dataset) + order).tolist()
 
 
 @contextlib.contextmanager
@@ -944,10 +958,7 @@ class MaskedLMTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _get_train_sampler(self, train_dataset=None):
-        # A batch of like lengths is one step's, so that it does not depend on how the step is split.
-        step = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        return EpochSampler(self.train_dataset, seed, step if self.args.group_by_length else None)
+        return EpochSampler(self.train_dataset, self.args)
 
     def _get_eval_sampler(self, eval_dataset):
         return torch.utils.data.SequentialSampler(eval_dataset)
@@ -1224,12 +1235,18 @@ def setup_logging(training_args):
 
 
 def check_samples(tokenized, training_args, max_seq_length):
-    """Raise `UserError` when a split that is asked for holds no sample."""
+    """Raise `UserError` when a split that is asked for holds no sample, or not enough for one step."""
     for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
         if wanted and not len(tokenized.get(split, ())):
             raise UserError(
                 f"the {split} split holds no sample: give more text, or lower --max_seq_length (now {max_seq_length})"
             )
+    samples, step_samples = len(tokenized.get("train", ())), training_args.step_samples
+    if training_args.do_train and training_args.dataloader_drop_last and samples < step_samples:
+        raise UserError(
+            f"the train split holds {samples} samples, fewer than the {step_samples} of one step: lower "
+            "--train_batch_size, or give --dataloader_drop_last false"
+        )
 
 
 def data_summary(tokenized):

@@ -224,7 +224,7 @@ class TrainingArguments:
     warmup_steps: int = HfArg(default=0, help="Steps of linear warmup.")
     label_smoothing_factor: float = HfArg(default=0.0, help="Label smoothing of the training loss.")
     group_by_length: bool = HfArg(default=False, help="Make batches of samples of like lengths.")
-    dataloader_drop_last: bool = HfArg(default=True, help="Leave out the last batch of an epoch if it is not full.")
+    dataloader_drop_last: bool = HfArg(default=True, help="Leave out the last step of an epoch if it is not full.")
     eval_strategy: str = HfArg(default="epoch", help="Evaluate while training: no, every epoch, or every eval_steps.")
     eval_steps: int = HfArg(default=500, help="Steps between evaluations if eval_strategy is steps.")
     logging_steps: int = HfArg(default=500, help="Steps between reports of the training loss.")
@@ -249,6 +249,11 @@ class TrainingArguments:
         """Whether this is the process that writes logs and files."""
         # Asking JAX starts its threads, after which tokenizing in several processes is not safe.
         return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+    @property
+    def step_samples(self):
+        """Samples of one optimizer step on all devices."""
+        return self.train_batch_size * self.gradient_accumulation_steps * jax.device_count()
 
 
 class ArgumentParser(HfArgumentParser):
@@ -885,7 +890,7 @@ def load_model(model_args, config, tokenizer, dtype=jnp.float32, seed=0):
             model = model_class.from_pretrained(name, **options, **model_args.hub_options)
         return resize_vocabulary(model, len(tokenizer))
     fit_config(config, tokenizer)
-    with user_errors("the configuration of the new model"):
+    with user_errors(f"--config_overrides {model_args.config_overrides}"):
         if model_class is FlaxBertForMaskedLM:
             return FlaxBertForMaskedLM(config, dtype=dtype, seed=seed)
         return FlaxAutoModelForMaskedLM.from_config(config, dtype=dtype, seed=seed)
@@ -1022,6 +1027,17 @@ def epoch_permutation(seed, epoch, num_samples):
     return np.asarray(
         jax.random.permutation(jax.random.fold_in(jax.random.PRNGKey(seed), epoch), num_samples), np.int64
     )
+
+
+def epoch_order(dataset, args, seed, epoch):
+    """Return an epoch's samples in the order of its steps: int64 [N], or less where a last step that is not full goes.
+
+    Both choices are made by whole steps, so that they do not depend on how a step is split.
+    """
+    order = epoch_permutation(seed, epoch, len(dataset))
+    if args.group_by_length:
+        order = group_by_length(order, dataset.lengths, args.step_samples)
+    return order[: len(order) - len(order) % args.step_samples] if args.dataloader_drop_last else order
 
 
 def compute_metrics(logits, labels, weights, label_smoothing=0.0):
@@ -1210,16 +1226,10 @@ class Run:
     seen_shapes: set = field(default_factory=set)
 
     @property
-    def step_samples(self):
-        """Samples of one optimizer step on all devices."""
-        return self.args.train_batch_size * self.args.gradient_accumulation_steps * jax.device_count()
-
-    @property
     def steps_per_epoch(self):
         """Optimizer steps of one pass over the training data."""
-        micro_batches = len(self.tokenized["train"]) / (self.args.train_batch_size * jax.device_count())
-        micro_batches = math.floor(micro_batches) if self.args.dataloader_drop_last else math.ceil(micro_batches)
-        return math.ceil(micro_batches / self.args.gradient_accumulation_steps)
+        steps = len(self.tokenized["train"]) / self.args.step_samples
+        return math.floor(steps) if self.args.dataloader_drop_last else math.ceil(steps)
 
     @property
     def num_steps(self):
@@ -1467,12 +1477,18 @@ def setup_logging(training_args):
 
 
 def check_samples(tokenized, training_args, max_seq_length):
-    """Raise `UserError` when a split that is asked for holds no sample."""
+    """Raise `UserError` when a split that is asked for holds no sample, or not enough for one step."""
     for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
         if wanted and not len(tokenized.get(split, ())):
             raise UserError(
                 f"the {split} split holds no sample: give more text, or lower --max_seq_length (now {max_seq_length})"
             )
+    samples, step_samples = len(tokenized.get("train", ())), training_args.step_samples
+    if training_args.do_train and training_args.dataloader_drop_last and samples < step_samples:
+        raise UserError(
+            f"the train split holds {samples} samples, fewer than the {step_samples} of one step: lower "
+            "--train_batch_size, or give --dataloader_drop_last false"
+        )
 
 
 def data_summary(tokenized):
@@ -1543,16 +1559,13 @@ def log_guesses(tokenizer, sentences, logits):
 
 def training_order(run):
     """Yield the sample keys of the optimizer steps to come, epoch after epoch without end."""
-    args, dataset = run.args, run.tokenized["train"]
-    done_epochs, done_steps = divmod(run.step, run.steps_per_epoch)
-    for epoch in itertools.count(done_epochs):
-        order = epoch_permutation(args.seed, epoch, len(dataset))
-        if args.group_by_length:
-            order = group_by_length(order, dataset.lengths, run.step_samples)
-        batches = generate_batch_splits(order, args.train_batch_size * jax.device_count(), args.dataloader_drop_last)
-        for first in range(0, len(batches), args.gradient_accumulation_steps):
-            if epoch > done_epochs or first >= done_steps * args.gradient_accumulation_steps:
-                yield epoch * len(dataset) + np.concatenate(batches[first : first + args.gradient_accumulation_steps])
+    dataset = run.tokenized["train"]
+    first_epoch, steps_done = divmod(run.step, run.steps_per_epoch)
+    for epoch in itertools.count(first_epoch):
+        order = epoch_order(dataset, run.args, run.args.seed, epoch)
+        batches = generate_batch_splits(order, run.args.step_samples, drop_last=False)
+        for batch in batches[steps_done if epoch == first_epoch else 0 :]:
+            yield epoch * len(dataset) + batch
 
 
 def create_training_state(run, checkpoint):
@@ -1619,7 +1632,7 @@ def train(run, checkpoint):
 def training_metrics(run, total_loss, tokens, start):
     """Return the metrics of the steps made since `start` (seconds since the epoch), named as the Trainer's."""
     dataset, steps = run.tokenized["train"], run.step - run.first_step
-    num_samples = run.num_steps * run.step_samples
+    num_samples = run.num_steps * run.args.step_samples
     if run.args.max_steps <= 0:
         num_samples = len(dataset) * run.args.num_train_epochs
     metrics = {"epoch": run.step / run.steps_per_epoch}

@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,7 +14,13 @@ from pathlib import Path
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # Two test processes share two cores.
 # Workers and subprocesses inherit these from the first process: a step of one shape is compiled once for all tests.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jax-cache-"))
+os.environ.setdefault("MLM_TEST_CACHE", os.path.join(tempfile.gettempdir(), f"mlm-tests-{os.getpid()}"))
+os.environ.update(
+    {
+        name: os.path.join(os.environ["MLM_TEST_CACHE"], name.lower())
+        for name in ("HF_HOME", "HF_DATASETS_CACHE", "JAX_COMPILATION_CACHE_DIR")
+    }
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import datasets
@@ -43,6 +50,12 @@ WORDS = (
     "big and in on near house field school harbour every morning evening slowly quickly ."
 ).split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def pytest_unconfigure():
+    """Remove the caches at the end of the process that began them."""
+    if os.environ["MLM_TEST_CACHE"].endswith(f"-{os.getpid()}"):
+        shutil.rmtree(os.environ["MLM_TEST_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

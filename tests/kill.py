@@ -11,6 +11,7 @@ import contextlib
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,8 @@ def run_until(script, folder, output, steps, target, delay):
         process.wait(delay)
     process.kill()
     process.communicate()
+    if process.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"the run ended with status {process.returncode} before it was killed")
     return max((int(path.name[11:]) for path in output.glob("checkpoint-*")), default=0)
 
 
@@ -73,7 +76,7 @@ def kill_at_random(script, folder, steps, kills, seed=0):
     """Return the newest checkpoint steps at each of `kills` kills; raises when a run fails or ends differently."""
     rng = random.Random(seed)
     whole, killed = folder / "whole", folder / "killed"
-    targets = sorted(rng.sample(range(steps - 5), kills))
+    targets = sorted(rng.sample(range(steps * 3 // 4), kills))
     moments = [run_until(script, folder, killed, steps, target, rng.uniform(0, 0.05)) for target in targets]
     for output in (whole, killed):
         subprocess.run(command(script, folder, output, steps), check=True, env=environment(folder), capture_output=True)

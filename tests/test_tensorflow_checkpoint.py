@@ -1,0 +1,100 @@
+"""An original TensorFlow checkpoint of BERT is converted; needs TensorFlow (`pip install tensorflow-cpu`)."""
+
+import importlib.util
+import re
+
+import pytest
+import torch
+import transformers
+from conftest import flags, make_config, make_tokenizer, read_json, sentences, write_lines
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("tensorflow") is None,
+    reason="TensorFlow is not installed, which the conversion needs: pip install tensorflow-cpu",
+)
+LAYERS = 2
+
+
+def google_variable(name, value):
+    """Return the name and the array that Google's BERT gives a parameter of PyTorch's `BertForPreTraining`."""
+    module, _, kind = re.sub(r"layer\.(\d+)", r"layer_\1", name).replace(".", "/").rpartition("/")
+    value = value.detach().numpy()
+    if module.endswith("_embeddings"):
+        return module, value
+    if module.endswith("LayerNorm"):
+        return f"{module}/{'gamma' if kind == 'weight' else 'beta'}", value
+    if module in ("cls/predictions", "cls/seq_relationship"):
+        return f"{module}/output_{'weights' if kind == 'weight' else 'bias'}", value
+    return (f"{module}/kernel", value.T) if kind == "weight" else (f"{module}/bias", value)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A folder with `model.ckpt.*`, configuration and tokenizer, and the PyTorch model with the same weights."""
+    import tensorflow as tf
+
+    folder = tmp_path / "google"
+    folder.mkdir()
+    config = make_config("bert", make_tokenizer(folder), num_hidden_layers=LAYERS)
+    config.save_pretrained(folder)
+    torch.manual_seed(0)
+    model = transformers.BertForPreTraining(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)  # Biases and layer norms too: a weight that is not read shows.
+    variables = dict(google_variable(name, value) for name, value in model.named_parameters())
+    assert len(variables) == 14 + 16 * LAYERS  # As many as in the released files: 206 for 12 layers.
+    assert {
+        "bert/embeddings/word_embeddings",
+        "bert/encoder/layer_0/attention/self/query/kernel",
+        "bert/encoder/layer_1/output/LayerNorm/gamma",
+        "bert/pooler/dense/bias",
+        "cls/predictions/transform/dense/kernel",
+        "cls/predictions/output_bias",
+        "cls/seq_relationship/output_weights",
+    } <= set(variables)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        for name, value in variables.items():
+            tf.compat.v1.get_variable(name, initializer=value)
+            tf.compat.v1.get_variable(f"{name}/adam_m", initializer=0 * value)
+        tf.compat.v1.train.get_or_create_global_step()
+        session.run(tf.compat.v1.global_variables_initializer())
+        tf.compat.v1.train.Saver().save(session, str(folder / "model.ckpt"), write_meta_graph=False)
+    return folder, model
+
+
+def command_line(folder, name, **settings):
+    """Return the flags that read the checkpoint."""
+    return flags(model_name_or_path=folder / name, config_name=folder, tokenizer_name=folder, **settings)
+
+
+@pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt"])
+def test_the_weights_are_those_of_the_checkpoint(checkpoint, tmp_path, name):
+    run_mlm = importlib.import_module("run_mlm")
+    folder, expected = checkpoint
+    settings = {"train_file": write_lines(tmp_path / "train.txt", sentences(5)), "output_dir": tmp_path / "output"}
+    model_args, _, _ = run_mlm.parse_args(command_line(folder, name, do_train=True, **settings))
+    config = run_mlm.load_config(model_args)
+    model = run_mlm.load_model(model_args, config, run_mlm.load_tokenizer(model_args)).eval()
+    assert type(model) is transformers.BertForMaskedLM
+    weights = expected.state_dict()
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, weights[key]), key
+    input_ids = torch.randint(5, config.vocab_size, (3, 20))
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids).logits, expected(input_ids).prediction_logits)
+
+
+def test_training_starts_from_the_checkpoint(checkpoint, tmp_path):
+    run_mlm = importlib.import_module("run_mlm")
+    folder, expected = checkpoint
+    output = tmp_path / "output"
+    run_mlm.main(
+        command_line(folder, "model.ckpt.index", output_dir=output, do_train=True, max_steps=2, learning_rate=1e-6)
+        + flags(train_file=write_lines(tmp_path / "train.txt", sentences(60)), max_seq_length=32, use_cpu=True)
+    )
+    assert read_json(output / "trainer_state.json")["global_step"] == 2
+    model = transformers.AutoModelForMaskedLM.from_pretrained(output)
+    weights = expected.state_dict()
+    difference = max((value - weights[key]).abs().max() for key, value in model.state_dict().items())
+    assert 0 < difference < 1e-5
