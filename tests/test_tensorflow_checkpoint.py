@@ -2,17 +2,27 @@
 
 import importlib.util
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
 import transformers
-from conftest import flags, make_config, make_tokenizer, read_json, sentences, write_lines
+from conftest import ROOT, flags, make_config, make_tokenizer, read_json, run_script, sentences, write_lines
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("tensorflow") is None,
     reason="TensorFlow is not installed, which the conversion needs: pip install tensorflow-cpu",
 )
 LAYERS = 2
+# In a process of its own, as for a user: what Transformers does depends on TensorFlow from its first import on.
+LOAD = """
+import sys, run_mlm
+*line, folder = sys.argv[1:]
+model_args, _, _ = run_mlm.parse_args(line)
+config = run_mlm.load_config(model_args)
+run_mlm.load_model(model_args, config, run_mlm.load_tokenizer(model_args)).save_pretrained(folder)
+"""
 
 
 def google_variable(name, value):
@@ -63,38 +73,40 @@ def checkpoint(tmp_path):
     return folder, model
 
 
-def command_line(folder, name, **settings):
-    """Return the flags that read the checkpoint."""
-    return flags(model_name_or_path=folder / name, config_name=folder, tokenizer_name=folder, **settings)
+def command_line(folder, name, tmp_path):
+    """Return the flags for two steps from the checkpoint, too small to move its weights far."""
+    return flags(model_name_or_path=folder / name, config_name=folder, tokenizer_name=folder) + flags(
+        train_file=write_lines(tmp_path / "train.txt", sentences(60)),
+        output_dir=tmp_path / "output",
+        do_train=True,
+        max_steps=2,
+        learning_rate=1e-6,
+        max_seq_length=32,
+        use_cpu=True,
+    )
 
 
 @pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt"])
 def test_the_weights_are_those_of_the_checkpoint(checkpoint, tmp_path, name):
-    run_mlm = importlib.import_module("run_mlm")
     folder, expected = checkpoint
-    settings = {"train_file": write_lines(tmp_path / "train.txt", sentences(5)), "output_dir": tmp_path / "output"}
-    model_args, _, _ = run_mlm.parse_args(command_line(folder, name, do_train=True, **settings))
-    config = run_mlm.load_config(model_args)
-    model = run_mlm.load_model(model_args, config, run_mlm.load_tokenizer(model_args)).eval()
-    assert type(model) is transformers.BertForMaskedLM
+    command = [sys.executable, "-c", LOAD, *command_line(folder, name, tmp_path), tmp_path / "loaded"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "loaded").eval()
     weights = expected.state_dict()
     for key, value in model.state_dict().items():
         assert torch.equal(value, weights[key]), key
-    input_ids = torch.randint(5, config.vocab_size, (3, 20))
+    input_ids = torch.randint(5, model.config.vocab_size, (3, 20))
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids).logits, expected(input_ids).prediction_logits)
 
 
 def test_training_starts_from_the_checkpoint(checkpoint, tmp_path):
-    run_mlm = importlib.import_module("run_mlm")
     folder, expected = checkpoint
-    output = tmp_path / "output"
-    run_mlm.main(
-        command_line(folder, "model.ckpt.index", output_dir=output, do_train=True, max_steps=2, learning_rate=1e-6)
-        + flags(train_file=write_lines(tmp_path / "train.txt", sentences(60)), max_seq_length=32, use_cpu=True)
-    )
-    assert read_json(output / "trainer_state.json")["global_step"] == 2
-    model = transformers.AutoModelForMaskedLM.from_pretrained(output)
+    done = run_script("run_mlm", command_line(folder, "model.ckpt.index", tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path, "output", "trainer_state.json")["global_step"] == 2
+    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "output")
     weights = expected.state_dict()
     difference = max((value - weights[key]).abs().max() for key, value in model.state_dict().items())
     assert 0 < difference < 1e-5
