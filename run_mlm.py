@@ -1341,6 +1341,7 @@ def train(trainer, checkpoint):
 def evaluate(trainer):
     """Evaluate on all validation samples and return the metrics."""
     metrics = trainer.evaluate()
+    metrics.pop("eval_model_preparation_time", None)  # Only there without training before.
     dataset = trainer.eval_dataset
     metrics["perplexity"] = metrics.pop("eval_perplexity")
     metrics["eval_samples"] = len(dataset)

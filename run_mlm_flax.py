@@ -1257,7 +1257,8 @@ class Run:
 
     def log(self, logs):
         """Record values in the history and on the charts, under the Trainer's names."""
-        logs = {**logs, "epoch": self.step / self.steps_per_epoch if self.args.do_train else 0.0}
+        if self.args.do_train:
+            logs = {**logs, "epoch": self.step / self.steps_per_epoch}
         self.log_history.append({**logs, "step": self.step})
         if self.args.should_log:
             for name, value in logs.items():
@@ -1671,7 +1672,8 @@ def evaluate(run, params):
     metrics |= speed_metrics("eval", start, num_samples=len(dataset), num_steps=len(batches))
     run.log(metrics)
     metrics["perplexity"] = metrics.pop("eval_perplexity")
-    metrics["epoch"] = run.log_history[-1]["epoch"]
+    if run.args.do_train:
+        metrics["epoch"] = run.step / run.steps_per_epoch
     metrics["eval_samples"] = len(dataset)
     metrics["eval_tokens_per_second"] = round(metrics["eval_samples_per_second"] * dataset.num_tokens / len(dataset))
     return metrics

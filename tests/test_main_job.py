@@ -43,6 +43,7 @@ def test_fine_tuning_learns_and_writes_all_results(script, text_files, model_fol
         + flags(line_by_line=line_by_line, learning_rate=5e-3, lr_scheduler_type="linear", num_train_epochs=4)
         + flags(logging_steps=5, **text_files)
     )
+    assert set(read_json(tmp_path / "before", "eval_results.json")) == RESULT_KEYS["eval"] - {"epoch"}
     assert metrics["eval_loss"] < before["eval_loss"] - 0.5
     for split, keys in RESULT_KEYS.items():
         results = read_json(output, f"{split}_results.json")
