@@ -23,6 +23,7 @@ import errno
 import functools
 import glob
 import hashlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -37,6 +38,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Optional
 
+if __name__ == "__main__":
+    os.environ.setdefault("USE_TF", "0")  # It only reads `.ckpt` files here, but Transformers would want Keras 2 too.
+
 import datasets
 import numpy as np
 import pyarrow as pa
@@ -48,6 +52,7 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForMaskedLM,
+    AutoModelForPreTraining,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     Trainer,
@@ -802,15 +807,39 @@ def load_model(model_args, config, tokenizer):
         fit_config(config, tokenizer)
         with user_errors(f"--config_overrides {model_args.config_overrides}"):
             return AutoModelForMaskedLM.from_config(config)
-    from_tf = ".ckpt" in name
-    if from_tf and not transformers.is_tf_available():
+    with user_errors(f"--model_name_or_path {name}"):
+        if ".ckpt" in name:
+            model = load_tensorflow_model(name, config)
+        else:
+            options = {"config": config, "revision": model_args.model_revision}
+            model = AutoModelForMaskedLM.from_pretrained(name, **options, **model_args.hub_options)
+    resize_vocabulary(model, len(tokenizer))
+    return model
+
+
+def load_tensorflow_model(name, config):
+    """Return the masked-LM model of an original TensorFlow checkpoint, named with or without `.index`.
+
+    Not `from_pretrained(from_tf=True)`, which in Transformers 4.57 fails: its model has no storage to write to (device
+    "meta"), and a masked-LM model no place for the pooler and the second head that the original files hold.
+    """
+    path = name.removesuffix(".index")
+    if importlib.util.find_spec("tensorflow") is None:
         raise UserError(
             f"--model_name_or_path {name} is a TensorFlow checkpoint: reading it needs pip install tensorflow"
         )
-    options = {"from_tf": from_tf, "config": config, "revision": model_args.model_revision}
-    with user_errors(f"--model_name_or_path {name}"):
-        model = AutoModelForMaskedLM.from_pretrained(name, **options, **model_args.hub_options)
-    resize_vocabulary(model, len(tokenizer))
+    if not os.path.isfile(f"{path}.index"):
+        raise FileNotFoundError(f"there is no file {path}.index")
+    if config.model_type not in ("albert", "bert"):
+        raise ValueError(f"TensorFlow checkpoints of {config.model_type} models cannot be read here")
+    source, model = AutoModelForPreTraining.from_config(config), AutoModelForMaskedLM.from_config(config)
+    new = {key: value.data_ptr() for key, value in source.named_parameters()}
+    type(source).load_tf_weights(source, config, path)
+    read = {key: value for key, value in source.named_parameters() if value.data_ptr() != new[key]}
+    model.load_state_dict(read, strict=False)
+    missing = [key for key, _ in model.named_parameters() if key not in read]
+    if missing:
+        logger.warning(f"Not in {name}, so new: {', '.join(missing)}")
     return model
 
 

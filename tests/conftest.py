@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 # Before any import of the libraries that read them.
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(USE_TF="0", HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # Two test processes share two cores.
 # Workers and subprocesses inherit these from the first process: a step of one shape is compiled once for all tests.
 os.environ.setdefault("MLM_TEST_CACHE", os.path.join(tempfile.gettempdir(), f"mlm-tests-{os.getpid()}"))

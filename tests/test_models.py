@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -294,7 +295,7 @@ def test_default_length_is_the_longest_that_the_model_takes(script, tmp_path, ar
 
 def test_a_tensorflow_checkpoint_without_tensorflow_says_what_is_missing(model_folder, tmp_path, monkeypatch, capsys):
     run_mlm = importlib.import_module("run_mlm")
-    monkeypatch.setattr(transformers, "is_tf_available", lambda: False)
+    monkeypatch.setitem(sys.modules, "tensorflow", None)
     output = tmp_path / "output"
     with pytest.raises(SystemExit) as exit_:
         run_mlm.main(

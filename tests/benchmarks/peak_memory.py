@@ -1,6 +1,6 @@
 """Run a command and print its wall time and the peak memory of its largest process.
 
-    python tests/benchmarks/peak_memory.py python run_mlm.py configs/quickstart.json
+python tests/benchmarks/peak_memory.py python run_mlm.py configs/quickstart.json
 """
 
 import resource
