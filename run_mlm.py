@@ -60,7 +60,7 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import HfArg, HfArgumentParser
-from transformers.utils import check_min_version
+from transformers.utils import check_min_version, is_torch_xla_available
 from transformers.utils.versions import require_version
 
 # The oldest releases that the tests run on.
@@ -79,6 +79,7 @@ OFFSET_POSITIONS = (
 )
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits are usually "no limit", and attention is quadratic.
 IGNORED_LABEL = -100
+FOREIGN_FILE = "optimizer.msgpack"  # In a checkpoint of the other script.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none leaves this much.
 UNFINISHED = ".unfinished"  # Where a checkpoint or a model is written before it is renamed into place.
@@ -189,6 +190,9 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __post_init__(self):
         output_dir = self.output_dir
+        self.use_cpu |= not (torch.accelerator.is_available() or is_torch_xla_available())  # Allows --bf16 there.
+        if self.fp16 and self.use_cpu:
+            raise UserError("--fp16 needs a GPU; on a CPU give --bf16")
         super().__post_init__()
         self.output_dir = output_dir  # The Trainer would make one up.
         # Rows carry the keys of their masks beside the token ids: no column here is unused.
@@ -302,6 +306,7 @@ def check_args(model_args, data_args, training_args):
         raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
     if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
         raise UserError("--do_train needs --train_file or --dataset_name")
+    check_ranges(model_args, data_args, training_args)
     if not 0 < data_args.mlm_probability <= 1:
         raise UserError(f"--mlm_probability {data_args.mlm_probability} must be above 0 and at most 1")
     if data_args.validation_split_percentage is None or not 1 <= data_args.validation_split_percentage <= 99:
@@ -309,6 +314,27 @@ def check_args(model_args, data_args, training_args):
     for text, reference in (("train_file", "train_ref_file"), ("validation_file", "validation_ref_file")):
         if getattr(data_args, reference) and not (getattr(data_args, text) and data_args.line_by_line):
             raise UserError(f"--{reference} goes with --{text} and --line_by_line true")
+
+
+def check_ranges(model_args, data_args, training_args):
+    """Raise `UserError` for the first number that is out of its range."""
+    positive = "train_batch_size eval_batch_size gradient_accumulation_steps logging_steps".split()
+    positive += [] if training_args.max_steps > 0 else ["num_train_epochs"]
+    for name in positive:
+        if getattr(training_args, name) <= 0:
+            raise UserError(f"--{name} {getattr(training_args, name)} must be above 0")
+    for name in "learning_rate warmup_steps weight_decay".split():
+        if getattr(training_args, name) < 0:
+            raise UserError(f"--{name} {getattr(training_args, name)} must not be below 0")
+    for name in "max_train_samples max_val_samples preprocessing_num_workers".split():
+        if getattr(data_args, name) is not None and getattr(data_args, name) <= 0:
+            raise UserError(f"--{name} {getattr(data_args, name)} must be above 0")
+    if not 0 <= training_args.label_smoothing_factor < 1:
+        raise UserError(f"--label_smoothing_factor {training_args.label_smoothing_factor} must be from 0 to below 1")
+    if model_args.dropout_rate is not None and not 0 <= model_args.dropout_rate < 1:
+        raise UserError(f"--dropout_rate {model_args.dropout_rate} must be from 0 to below 1")
+    if not 0 <= training_args.seed < 2**32:
+        raise UserError(f"--seed {training_args.seed} must be from 0 to 4294967295")
 
 
 def exit_on_user_error(main):
@@ -334,8 +360,10 @@ def user_errors(subject):
         yield
     except UserError:
         raise
-    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{subject}: {error}") from error
+    except (OSError, ArithmeticError, ImportError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise UserError(f"{subject}: {error.__cause__ or error or type(error).__name__}") from error
+    except datasets.exceptions.DatasetsError as error:
+        raise UserError(f"{subject}: {error.__cause__ or error}") from error
 
 
 def prepare_output_dir(training_args):
@@ -348,12 +376,16 @@ def prepare_output_dir(training_args):
         raise UserError(f"--output_dir {folder} is a file; name a folder")
     if not training_args.do_train:
         return None
-    if training_args.resume_from_checkpoint:
-        damage = checkpoint_damage(training_args.resume_from_checkpoint)
+    named = training_args.resume_from_checkpoint
+    if named and named.lower() != "true":
+        damage = checkpoint_damage(named)
         if damage:
-            raise UserError(f"--resume_from_checkpoint {training_args.resume_from_checkpoint}: {damage}; name another")
-        logger.info(f"Resuming from {training_args.resume_from_checkpoint}.")
-        return training_args.resume_from_checkpoint
+            raise UserError(f"--resume_from_checkpoint {named}: {damage}; name another")
+        others = [os.path.realpath(path) for _, path in list_checkpoints(folder)] if os.path.isdir(folder) else []
+        if os.path.realpath(named) in others[:-1]:
+            raise UserError(f"--resume_from_checkpoint {named}: {others[-1]} is newer; name another --output_dir")
+        logger.info(f"Resuming from {named}.")
+        return named
     content = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     if training_args.overwrite_output_dir or content <= {UNFINISHED, "logs", "runs"}:
         logger.info(f"Starting anew in {folder}.")
@@ -382,7 +414,9 @@ def load_raw_datasets(model_args, data_args):
             raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **model_args.hub_options)
     else:
         named = {"train": data_args.train_file, "validation": data_args.validation_file}
-        files = {split: sorted(glob.glob(name)) for split, name in named.items() if name}
+        files = {
+            split: [name] if os.path.isfile(name) else sorted(glob.glob(name)) for split, name in named.items() if name
+        }
         formats = {split: file_format(named[split], files[split]) for split in files}
         raw = {}
         for split in files:
@@ -429,7 +463,7 @@ def add_word_references(dataset, path):
 
     Line i of the file is a JSON list for line i of the text, blank lines included.
     """
-    with open(path, encoding="utf-8-sig") as file:
+    with user_errors(path), open(path, encoding="utf-8-sig") as file:
         lines = file.read().splitlines()
     if len(lines) != len(dataset):
         raise UserError(f"{path} has {len(lines)} lines, its text {len(dataset)}; write one reference line a text line")
@@ -489,7 +523,7 @@ class TextEncoder:
 
     def __call__(self, table):
         """Return the table of rows for a table of texts."""
-        texts = table[self.text_column].to_pylist()
+        texts = [text or "" for text in table[self.text_column].to_pylist()]
         if not self.line_by_line:
             tokens = self.encode(texts).flatten().to_numpy()
             rows, self.left_over = group_texts(np.concatenate([self.left_over, tokens]), self.max_seq_length)
@@ -558,6 +592,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length):
         column = find_text_column(raw, data_args.text_column_name)
         encoder = TextEncoder(tokenizer, column, data_args.line_by_line, max_seq_length)
         recipe = [tokenizer_identity(tokenizer), column, data_args.line_by_line, max_seq_length]
+        recipe += [] if data_args.line_by_line else [data_args.preprocessing_num_workers]  # Each drops a rest.
         code = [inspect.getsource(part) for part in (TextEncoder, group_texts, word_flags)]
         dataset = raw.with_format("arrow").map(
             encoder,
@@ -962,7 +997,11 @@ class MaskedLMTrainer(Trainer):
             logs["loss"] = (total - self.reported_loss) / (step - self.reported_step)
             self.reported_loss, self.reported_step = total, step
         if "train_loss" in logs and self.first_step:
-            logs["train_loss"] = mean_logged_loss(self.state.log_history)
+            history, total, step = self.state.log_history, self._total_loss_scalar, self.state.global_step
+            if step > self.reported_step:
+                rest = (total - self.reported_loss) / (step - self.reported_step)
+                history = [*history, {"step": step, "loss": rest}]
+            logs["train_loss"] = mean_logged_loss(history)
             for name in ("train_samples_per_second", "train_steps_per_second"):
                 logs[name] = round(logs[name] * (1 - self.first_step / self.state.max_steps), 3)
         super().log(logs, *args, **kwargs)
@@ -988,6 +1027,26 @@ class MaskedLMTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         return EpochSampler(self.train_dataset, self.args)
+
+    def _inner_training_loop(self, batch_size=None, **kwargs):
+        # The Trainer would go on with the checkpoint's batch size, whatever the arguments say.
+        return super()._inner_training_loop(
+            batch_size if self.args.auto_find_batch_size else self.args.train_batch_size, **kwargs
+        )
+
+    def get_batch_samples(self, *args, **kwargs):
+        # The Trainer would make one step more of a run that is resumed at its end.
+        if self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        # The Trainer would leave out evaluation's last batch as well.
+        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = drop_last
 
     def _get_eval_sampler(self, eval_dataset):
         return torch.utils.data.SequentialSampler(eval_dataset)
@@ -1125,13 +1184,8 @@ def write_json(path, content):
 
 def write_results(folder, split, metrics):
     """Write `{split}_results.json` and add the metrics to `all_results.json`."""
-    everything = {}
-    path = os.path.join(folder, "all_results.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            everything = json.load(file)
     write_json(os.path.join(folder, f"{split}_results.json"), metrics)
-    write_json(path, everything | metrics)
+    write_json(os.path.join(folder, "all_results.json"), previous_results(folder, "all") | metrics)
 
 
 def mean_logged_loss(log_history):
@@ -1139,6 +1193,27 @@ def mean_logged_loss(log_history):
     logged = [(0, 0.0)] + [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
     steps = np.diff([step for step, _ in logged])
     return float(np.average([loss for _, loss in logged[1:]], weights=steps)) if len(steps) else 0.0
+
+
+def check_steps(checkpoint, num_steps):
+    """Raise `UserError` when a checkpoint is beyond the steps asked for."""
+    if checkpoint:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            step = json.load(file)["global_step"]
+        if step > num_steps:
+            raise UserError(
+                f"{checkpoint} is beyond the {num_steps} steps asked for: raise --max_steps or --num_train_epochs, "
+                "or name another --output_dir"
+            )
+
+
+def previous_results(folder, split):
+    """Return the results that a split has already, {} where there are none."""
+    path = os.path.join(folder, f"{split}_results.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def list_checkpoints(folder):
@@ -1162,6 +1237,8 @@ def checkpoint_damage(folder):
     try:
         with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:
             json.load(file)
+        if os.path.exists(os.path.join(folder, FOREIGN_FILE)):
+            return "written by the other script, which alone can resume it"
         path = os.path.join(folder, "checksums.json")
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
@@ -1200,7 +1277,7 @@ def publish_checkpoint(staged, folder, limit=None, protected=None):
     os.replace(staged, target)
     newest = int(CHECKPOINT.fullmatch(os.path.basename(target))[1])
     older = [path for step, path in list_checkpoints(folder) if step < newest and path != protected]
-    for path in older[: len(older) + 1 - limit] if limit else []:
+    for path in older[: max(0, len(older) + 1 - limit)] if limit else []:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -1350,6 +1427,7 @@ def train(trainer, checkpoint):
     Exits with status 128 + signal, checkpoint saved, when SIGTERM or SIGINT stops the training.
     """
     args, dataset = trainer.args, trainer.train_dataset
+    check_steps(checkpoint, num_training_steps(trainer))
     if checkpoint is None and args.should_save and os.path.isdir(args.output_dir):
         for _, path in list_checkpoints(args.output_dir):
             shutil.rmtree(path)  # --overwrite_output_dir: what is left of another run must not be resumed later.
@@ -1357,6 +1435,9 @@ def train(trainer, checkpoint):
         trainer.add_callback(StepBoundary(trainer, signals))
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     if signals.received:
+        # A signal in an evaluation after the last step came too late for the callback.
+        if args.world_size == 1 and not os.path.isdir(f"{args.output_dir}/checkpoint-{trainer.state.global_step}"):
+            trainer._save_checkpoint(trainer.model, trial=None)
         logger.info(
             f"Stopped by signal {signals.received}; the checkpoint of step {trainer.state.global_step} is saved."
         )
@@ -1364,6 +1445,8 @@ def train(trainer, checkpoint):
     save_model(trainer)
     metrics["train_samples"] = len(dataset)
     metrics["train_tokens_per_second"] = round(metrics["train_samples_per_second"] * dataset.num_tokens / len(dataset))
+    if trainer.first_step == trainer.state.global_step:
+        metrics |= previous_results(args.output_dir, "train")  # There was nothing left to do.
     return metrics
 
 
@@ -1413,12 +1496,20 @@ def show_guesses(trainer, tokenizer):
     log_guesses(tokenizer, sentences, picked.float().cpu().numpy())
 
 
+def num_training_steps(trainer):
+    """Return the optimizer steps of the whole run."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
+    return math.ceil(args.num_train_epochs * steps_per_epoch)
+
+
 def summarize(trainer):
     """Return the lines that describe the training ahead."""
     args = trainer.args
     batch = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
-    steps_per_epoch = math.ceil(len(trainer.get_train_dataloader()) / args.gradient_accumulation_steps)
-    num_steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+    num_steps = num_training_steps(trainer)
     parameters = trainer.model.num_parameters()
     return run_summary(parameters, trainer.train_dataset, trainer.data_collator, batch, num_steps, args.learning_rate)
 

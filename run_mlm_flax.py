@@ -97,6 +97,7 @@ OFFSET_POSITIONS = (
 )
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits are usually "no limit", and attention is quadratic.
 IGNORED_LABEL = -100
+FOREIGN_FILE = "optimizer.pt"  # In a checkpoint of the other script.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none leaves this much.
 UNFINISHED = ".unfinished"  # Where a checkpoint or a model is written before it is renamed into place.
@@ -357,6 +358,7 @@ def check_args(model_args, data_args, training_args):
         raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
     if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
         raise UserError("--do_train needs --train_file or --dataset_name")
+    check_ranges(model_args, data_args, training_args)
     if not 0 < data_args.mlm_probability <= 1:
         raise UserError(f"--mlm_probability {data_args.mlm_probability} must be above 0 and at most 1")
     if data_args.validation_split_percentage is None or not 1 <= data_args.validation_split_percentage <= 99:
@@ -364,6 +366,27 @@ def check_args(model_args, data_args, training_args):
     for text, reference in (("train_file", "train_ref_file"), ("validation_file", "validation_ref_file")):
         if getattr(data_args, reference) and not (getattr(data_args, text) and data_args.line_by_line):
             raise UserError(f"--{reference} goes with --{text} and --line_by_line true")
+
+
+def check_ranges(model_args, data_args, training_args):
+    """Raise `UserError` for the first number that is out of its range."""
+    positive = "train_batch_size eval_batch_size gradient_accumulation_steps logging_steps".split()
+    positive += [] if training_args.max_steps > 0 else ["num_train_epochs"]
+    for name in positive:
+        if getattr(training_args, name) <= 0:
+            raise UserError(f"--{name} {getattr(training_args, name)} must be above 0")
+    for name in "learning_rate warmup_steps weight_decay".split():
+        if getattr(training_args, name) < 0:
+            raise UserError(f"--{name} {getattr(training_args, name)} must not be below 0")
+    for name in "max_train_samples max_val_samples preprocessing_num_workers".split():
+        if getattr(data_args, name) is not None and getattr(data_args, name) <= 0:
+            raise UserError(f"--{name} {getattr(data_args, name)} must be above 0")
+    if not 0 <= training_args.label_smoothing_factor < 1:
+        raise UserError(f"--label_smoothing_factor {training_args.label_smoothing_factor} must be from 0 to below 1")
+    if model_args.dropout_rate is not None and not 0 <= model_args.dropout_rate < 1:
+        raise UserError(f"--dropout_rate {model_args.dropout_rate} must be from 0 to below 1")
+    if not 0 <= training_args.seed < 2**32:
+        raise UserError(f"--seed {training_args.seed} must be from 0 to 4294967295")
 
 
 def exit_on_user_error(main):
@@ -389,8 +412,10 @@ def user_errors(subject):
         yield
     except UserError:
         raise
-    except (OSError, ValueError, ImportError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{subject}: {error}") from error
+    except (OSError, ArithmeticError, ImportError, LookupError, StopIteration, TypeError, ValueError) as error:
+        raise UserError(f"{subject}: {error.__cause__ or error or type(error).__name__}") from error
+    except datasets.exceptions.DatasetsError as error:
+        raise UserError(f"{subject}: {error.__cause__ or error}") from error
 
 
 def prepare_output_dir(training_args):
@@ -403,12 +428,16 @@ def prepare_output_dir(training_args):
         raise UserError(f"--output_dir {folder} is a file; name a folder")
     if not training_args.do_train:
         return None
-    if training_args.resume_from_checkpoint:
-        damage = checkpoint_damage(training_args.resume_from_checkpoint)
+    named = training_args.resume_from_checkpoint
+    if named and named.lower() != "true":
+        damage = checkpoint_damage(named)
         if damage:
-            raise UserError(f"--resume_from_checkpoint {training_args.resume_from_checkpoint}: {damage}; name another")
-        logger.info(f"Resuming from {training_args.resume_from_checkpoint}.")
-        return training_args.resume_from_checkpoint
+            raise UserError(f"--resume_from_checkpoint {named}: {damage}; name another")
+        others = [os.path.realpath(path) for _, path in list_checkpoints(folder)] if os.path.isdir(folder) else []
+        if os.path.realpath(named) in others[:-1]:
+            raise UserError(f"--resume_from_checkpoint {named}: {others[-1]} is newer; name another --output_dir")
+        logger.info(f"Resuming from {named}.")
+        return named
     content = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     if training_args.overwrite_output_dir or content <= {UNFINISHED, "logs", "runs"}:
         logger.info(f"Starting anew in {folder}.")
@@ -439,7 +468,9 @@ def load_raw_datasets(model_args, data_args):
             raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **model_args.hub_options)
     else:
         named = {"train": data_args.train_file, "validation": data_args.validation_file}
-        files = {split: sorted(glob.glob(name)) for split, name in named.items() if name}
+        files = {
+            split: [name] if os.path.isfile(name) else sorted(glob.glob(name)) for split, name in named.items() if name
+        }
         formats = {split: file_format(named[split], files[split]) for split in files}
         raw = {}
         for split in files:
@@ -486,7 +517,7 @@ def add_word_references(dataset, path):
 
     Line i of the file is a JSON list for line i of the text, blank lines included.
     """
-    with open(path, encoding="utf-8-sig") as file:
+    with user_errors(path), open(path, encoding="utf-8-sig") as file:
         lines = file.read().splitlines()
     if len(lines) != len(dataset):
         raise UserError(f"{path} has {len(lines)} lines, its text {len(dataset)}; write one reference line a text line")
@@ -546,7 +577,7 @@ class TextEncoder:
 
     def __call__(self, table):
         """Return the table of rows for a table of texts."""
-        texts = table[self.text_column].to_pylist()
+        texts = [text or "" for text in table[self.text_column].to_pylist()]
         if not self.line_by_line:
             tokens = self.encode(texts).flatten().to_numpy()
             rows, self.left_over = group_texts(np.concatenate([self.left_over, tokens]), self.max_seq_length)
@@ -615,6 +646,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length):
         column = find_text_column(raw, data_args.text_column_name)
         encoder = TextEncoder(tokenizer, column, data_args.line_by_line, max_seq_length)
         recipe = [tokenizer_identity(tokenizer), column, data_args.line_by_line, max_seq_length]
+        recipe += [] if data_args.line_by_line else [data_args.preprocessing_num_workers]  # Each drops a rest.
         code = [inspect.getsource(part) for part in (TextEncoder, group_texts, word_flags)]
         dataset = raw.with_format("arrow").map(
             encoder,
@@ -1341,13 +1373,8 @@ def write_json(path, content):
 
 def write_results(folder, split, metrics):
     """Write `{split}_results.json` and add the metrics to `all_results.json`."""
-    everything = {}
-    path = os.path.join(folder, "all_results.json")
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            everything = json.load(file)
     write_json(os.path.join(folder, f"{split}_results.json"), metrics)
-    write_json(path, everything | metrics)
+    write_json(os.path.join(folder, "all_results.json"), previous_results(folder, "all") | metrics)
 
 
 def mean_logged_loss(log_history):
@@ -1355,6 +1382,27 @@ def mean_logged_loss(log_history):
     logged = [(0, 0.0)] + [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
     steps = np.diff([step for step, _ in logged])
     return float(np.average([loss for _, loss in logged[1:]], weights=steps)) if len(steps) else 0.0
+
+
+def check_steps(checkpoint, num_steps):
+    """Raise `UserError` when a checkpoint is beyond the steps asked for."""
+    if checkpoint:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            step = json.load(file)["global_step"]
+        if step > num_steps:
+            raise UserError(
+                f"{checkpoint} is beyond the {num_steps} steps asked for: raise --max_steps or --num_train_epochs, "
+                "or name another --output_dir"
+            )
+
+
+def previous_results(folder, split):
+    """Return the results that a split has already, {} where there are none."""
+    path = os.path.join(folder, f"{split}_results.json")
+    if not os.path.exists(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def list_checkpoints(folder):
@@ -1378,6 +1426,8 @@ def checkpoint_damage(folder):
     try:
         with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:
             json.load(file)
+        if os.path.exists(os.path.join(folder, FOREIGN_FILE)):
+            return "written by the other script, which alone can resume it"
         path = os.path.join(folder, "checksums.json")
         if os.path.exists(path):
             with open(path, encoding="utf-8") as file:
@@ -1416,7 +1466,7 @@ def publish_checkpoint(staged, folder, limit=None, protected=None):
     os.replace(staged, target)
     newest = int(CHECKPOINT.fullmatch(os.path.basename(target))[1])
     older = [path for step, path in list_checkpoints(folder) if step < newest and path != protected]
-    for path in older[: len(older) + 1 - limit] if limit else []:
+    for path in older[: max(0, len(older) + 1 - limit)] if limit else []:
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -1603,6 +1653,7 @@ def train(run, checkpoint):
     if checkpoint is None and os.path.isdir(args.output_dir):
         for _, path in list_checkpoints(args.output_dir):
             shutil.rmtree(path)  # --overwrite_output_dir: what is left of another run must not be resumed later.
+    check_steps(checkpoint, run.num_steps)
     step_fn = jax.pmap(
         functools.partial(training_step, label_smoothing=args.label_smoothing_factor), "batch", donate_argnums=(0, 2)
     )
@@ -1643,6 +1694,8 @@ def training_metrics(run, total_loss, tokens, start):
     run.log(metrics)
     metrics["train_samples"] = len(dataset)
     metrics["train_tokens_per_second"] = round(metrics["train_samples_per_second"] * dataset.num_tokens / len(dataset))
+    if run.first_step == run.step:
+        metrics |= previous_results(run.args.output_dir, "train")  # There was nothing left to do.
     return metrics
 
 

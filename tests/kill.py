@@ -34,7 +34,7 @@ def command(script, folder, output, steps):
         max_steps=steps,
         save_steps=1,
         save_total_limit=2,
-        lr_scheduler_type="linear",
+        lr_scheduler_type="constant",
         learning_rate=1e-3,
     )
     return [sys.executable, str(ROOT / f"{script}.py"), *arguments]

@@ -11,6 +11,8 @@ from conftest import ARCHITECTURES, flags, make_model, sentences, write_lines
 import run_mlm
 import run_mlm_flax
 
+DROP = {"dataloader_drop_last": "true"}  # Which is about training alone.
+
 
 @pytest.fixture
 def validation_file(tmp_path):
@@ -70,16 +72,17 @@ def test_evaluation_repeats_exactly_and_does_not_depend_on_the_batch_size(
 ):
     once = evaluate(script, model_folder, validation_file, tmp_path)
     assert evaluate(script, model_folder, validation_file, tmp_path) == once
-    for changes in ({"eval_batch_size": 5}, {"eval_batch_size": 64}, {"pad_to_max_length": "true"}):
+    for changes in ({"eval_batch_size": 5}, {"eval_batch_size": 64}, {"pad_to_max_length": "true"}, DROP):
         other = evaluate(script, model_folder, validation_file, tmp_path, **changes)
         assert other == pytest.approx(once, rel=1e-6)
 
 
-def test_every_sample_counts(script, model_folder, tmp_path):
+@pytest.mark.parametrize("settings", [{}, DROP])
+def test_every_sample_counts(script, model_folder, tmp_path, settings):
     lines = sentences(9, seed=1)
     whole = write_lines(tmp_path / "whole.txt", lines)
     changed = write_lines(tmp_path / "changed.txt", [*lines[:8], "z z z z z z z z z z z z"])  # In the partial batch.
-    settings = {"mlm_probability": 0.5}
+    settings = {"mlm_probability": 0.5, **settings}
     before = evaluate(script, model_folder, whole, tmp_path, **settings)
     after = evaluate(script, model_folder, changed, tmp_path, **settings)
     assert before["eval_loss"] != pytest.approx(after["eval_loss"], rel=1e-4)

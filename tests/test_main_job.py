@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import transformers
 from conftest import flags, read_json
+from safetensors.numpy import load_file
 
 RESULT_KEYS = {
     "train": {
@@ -54,6 +56,22 @@ def test_fine_tuning_learns_and_writes_all_results(script, text_files, model_fol
     assert state["global_step"] == state["max_steps"] > 0
     assert {"loss", "grad_norm", "learning_rate", "epoch", "step"} <= set(state["log_history"][0])
     assert (Path(output) / "model.safetensors").exists()
+
+
+def test_bf16_trains_on_a_cpu_and_keeps_float32_weights(script, text_files, model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # The Trainer leaves its choice in the environment.
+    output = tmp_path / "output"
+    settings = {"do_train": True, "max_steps": 3, "max_seq_length": 16, "logging_steps": 1, "dropout_rate": 0}
+    settings |= {"learning_rate": 1e-3, "lr_scheduler_type": "linear", "model_name_or_path": model_folder, **text_files}
+    losses = []
+    for name, bf16 in (("float32", "false"), ("bfloat16", "true")):
+        script.main(flags(output_dir=output / name, bf16=bf16, **settings))
+        history = read_json(output / name, "trainer_state.json")["log_history"]
+        losses.append([entry["loss"] for entry in history if "loss" in entry])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    dtypes = {array.dtype for array in load_file(output / "bfloat16" / "model.safetensors").values()}
+    assert dtypes == {np.dtype("float32")}
 
 
 def test_result_folder_is_an_ordinary_transformers_folder(script, text_files, model_folder, tmp_path):

@@ -1,5 +1,6 @@
 """A run that stops and starts again ends as one that never stopped."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -28,7 +29,7 @@ def training_flags(model_folder, text_files, output, **changes):
         "max_steps": 12,
         "max_train_samples": 60,
         "learning_rate": 1e-3,
-        "lr_scheduler_type": "linear",
+        "lr_scheduler_type": "constant",  # A step too many would show.
         "logging_steps": 1,
         "save_steps": 3,
         "eval_strategy": "epoch",
@@ -83,6 +84,62 @@ def flip_a_bit(data):
     """Return the data with one bit of its middle byte changed."""
     middle = len(data) // 2
     return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+
+
+def test_finished_run_is_not_trained_further(script, model_folder, text_files, tmp_path, capsys):
+    output = tmp_path / "output"
+    script.main(training_flags(model_folder, text_files, output))
+    before = weights(output), os.listdir(output), read_json(output, "train_results.json")
+    script.main(training_flags(model_folder, text_files, output))
+    assert (weights(output), os.listdir(output), read_json(output, "train_results.json")) == before
+    for changes in ({"max_steps": 7}, {"resume_from_checkpoint": output / "checkpoint-3"}):
+        with pytest.raises(SystemExit, match="2"):
+            script.main(training_flags(model_folder, text_files, output, **changes))
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert str(output / "checkpoint-12") in error
+    assert weights(output) == before[0]
+
+
+def test_batch_size_may_change_on_resume(script, model_folder, text_files, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    settings = {"dropout_rate": 0, "max_steps": 12}
+    script.main(training_flags(model_folder, text_files, whole, **settings))
+    shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
+    split = {"train_batch_size": 2, "gradient_accumulation_steps": 4}
+    script.main(training_flags(model_folder, text_files, resumed, **settings, **split))
+    losses = [[entry["loss"] for entry in history(output) if "loss" in entry] for output in (whole, resumed)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_mean_loss_of_a_resumed_run_counts_all_steps(script, model_folder, text_files, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    settings = {"logging_steps": 6, "save_steps": 6, "max_steps": 11}
+    script.main(training_flags(model_folder, text_files, whole, **settings))
+    shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
+    script.main(training_flags(model_folder, text_files, resumed, **settings))
+    results = [read_json(output, "train_results.json")["train_loss"] for output in (whole, resumed)]
+    assert results[1] == pytest.approx(results[0], rel=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "kept"), [(1, [6]), (2, [5, 6]), (5, [2, 3, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])])
+def test_save_total_limit_keeps_the_newest(script, tmp_path, limit, kept):
+    for step in range(1, 7):
+        staged = tmp_path / "staged" / f"checkpoint-{step}"
+        staged.mkdir(parents=True)
+        script.publish_checkpoint(str(staged), str(tmp_path), limit)
+    assert [step for step, _ in script.list_checkpoints(tmp_path)] == kept
+
+
+def test_the_other_script_does_not_resume_it(model_folder, text_files, tmp_path, capsys):
+    names = {"run_mlm": tmp_path / "run_mlm", "run_mlm_flax": tmp_path / "run_mlm_flax"}
+    for name, output in names.items():
+        script = importlib.import_module(name)
+        script.main(training_flags(model_folder, text_files, output, max_steps=2, save_steps=2))
+    for name, output in zip(names, reversed(names.values())):
+        for changes in ({}, {"resume_from_checkpoint": output / "checkpoint-2"}):
+            with pytest.raises(SystemExit, match="2"):
+                importlib.import_module(name).main(training_flags(model_folder, text_files, output, **changes))
+            assert "checkpoint" in capsys.readouterr().err
 
 
 def test_only_damaged_checkpoints_are_an_error(script, model_folder, text_files, tmp_path, capsys):

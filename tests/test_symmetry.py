@@ -9,7 +9,7 @@ from conftest import ROOT, SCRIPTS
 SHARED_SECTIONS = ("3. Arguments", "4. Data", "5. Masking")
 # Names of both scripts that stand for different code in each: the framework's part.
 DIFFERENT = {
-    *("MODEL_TYPES", "LINE_BY_LINE_DEFAULT"),
+    *("MODEL_TYPES", "LINE_BY_LINE_DEFAULT", "FOREIGN_FILE"),
     *("TrainingArguments",),
     *("load_model", "resize_vocabulary"),
     *("epoch_permutation", "labelled_logits"),
