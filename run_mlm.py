@@ -1443,6 +1443,7 @@ def train(trainer, checkpoint):
         )
         raise SystemExit(128 + signals.received)
     save_model(trainer)
+    metrics["total_flos"] = trainer.state.total_flos  # Without a progress bar, printing the metrics removes it.
     metrics["train_samples"] = len(dataset)
     metrics["train_tokens_per_second"] = round(metrics["train_samples_per_second"] * dataset.num_tokens / len(dataset))
     if trainer.first_step == trainer.state.global_step:

@@ -8,6 +8,8 @@ import transformers
 from conftest import flags, read_json
 from safetensors.numpy import load_file
 
+import run_mlm
+
 RESULT_KEYS = {
     "train": {
         "epoch",
@@ -56,6 +58,14 @@ def test_fine_tuning_learns_and_writes_all_results(script, text_files, model_fol
     assert state["global_step"] == state["max_steps"] > 0
     assert {"loss", "grad_norm", "learning_rate", "epoch", "step"} <= set(state["log_history"][0])
     assert (Path(output) / "model.safetensors").exists()
+
+
+def test_the_results_do_not_depend_on_the_progress_bar(text_files, model_folder, tmp_path):
+    run_mlm.main(
+        flags(model_name_or_path=model_folder, output_dir=tmp_path / "output", do_train=True, disable_tqdm="true")
+        + flags(max_steps=2, max_seq_length=16, **text_files)
+    )
+    assert set(read_json(tmp_path / "output", "train_results.json")) == RESULT_KEYS["train"]
 
 
 def test_bf16_trains_on_a_cpu_and_keeps_float32_weights(script, text_files, model_folder, tmp_path, monkeypatch):
