@@ -1489,7 +1489,8 @@ def staging(folder):
         os.makedirs(path)
         yield path
     except Exception as error:
-        if getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(folder).free < DISK_FULL:
+        full = os.path.isdir(folder) and shutil.disk_usage(folder).free < DISK_FULL
+        if full or getattr(error, "errno", None) == errno.ENOSPC:
             raise UserError(
                 f"--output_dir {folder}: no space left on the disk; earlier checkpoints are whole: free some space "
                 "and run again to resume"
@@ -1579,10 +1580,11 @@ def masked_sentences(dataset, tokenizer, collator, count=5, length=32):
     Samples from all over the data set, cut to `length`, one token of each masked: drawn as for evaluation.
     """
     count = min(count, len(dataset))
+    rows = [np.array(dataset[i * len(dataset) // count]["input_ids"][:length]) for i in range(count)]
+    length = max(map(len, rows))
     sentences = {name: np.zeros((count, length), np.int32) for name in ("input_ids", "attention_mask")}
     sentences |= {name: np.zeros(count, np.int64) for name in ("positions", "token_ids")}
-    for i in range(count):
-        row = np.array(dataset[i * len(dataset) // count]["input_ids"][:length])
+    for i, row in enumerate(rows):
         candidates = np.flatnonzero(~collator.is_special[row])
         if len(candidates) == 0:
             candidates = np.arange(len(row))

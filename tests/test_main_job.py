@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from conftest import flags, read_json
+from conftest import flags, make_model, read_json
 from safetensors.numpy import load_file
 
 import run_mlm
@@ -96,3 +96,12 @@ def test_result_folder_is_an_ordinary_transformers_folder(script, text_files, mo
     guesses = fill("the baker bakes [MASK] every morning .", top_k=3)
     assert len(guesses) == 3
     assert read_json(output, "config.json")["architectures"] == ["BertForMaskedLM"]
+
+
+def test_a_model_of_few_positions_shows_its_guesses(script, tmp_path, text_files, caplog):
+    folder = make_model(tmp_path / "short", max_position_embeddings=10)
+    arguments = flags(model_name_or_path=folder, output_dir=tmp_path / "output", do_eval=True, line_by_line="true")
+    script.main(arguments + flags(**text_files))
+    shown = caplog.text.split("best guesses")[1]
+    assert shown.count("[MASK]") == 5
+    assert shown.count("(the text: ") == 5
