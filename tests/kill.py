@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -32,6 +31,7 @@ def command(script, folder, output, steps):
         max_seq_length=16,
         train_batch_size=4,
         max_steps=steps,
+        logging_steps=1,
         save_steps=1,
         save_total_limit=2,
         lr_scheduler_type="constant",
@@ -41,7 +41,7 @@ def command(script, folder, output, steps):
 
 
 def run_until(script, folder, output, steps, target, delay):
-    """Start the run and kill it `delay` seconds after its bar shows step `target`; return the newest checkpoint's step.
+    """Start the run and kill it `delay` seconds after it reports step `target`; return the newest checkpoint's step.
 
     Checkpoints take most of the run's time, so that most moments are in the middle of writing one.
     """
@@ -51,25 +51,29 @@ def run_until(script, folder, output, steps, target, delay):
         stderr=subprocess.STDOUT,
         env=environment(folder),
     )
-    seen, step = b"", -1
-    while step < target:
+    seen, first = b"", newest_step(output)
+    while first + seen.count(b"'grad_norm'") < target:
         part = os.read(process.stdout.fileno(), 4096)
         if not part:
             raise RuntimeError(f"the run ended before step {target}:\n{seen.decode(errors='replace')}")
         seen += part
-        step = max(map(int, re.findall(rb"(\d+)/%d " % steps, seen[-8192:])), default=-1)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(delay)
     process.kill()
     process.communicate()
     if process.returncode != -signal.SIGKILL:
         raise RuntimeError(f"the run ended with status {process.returncode} before it was killed")
+    return newest_step(output)
+
+
+def newest_step(output):
+    """Return the step of the newest checkpoint, 0 where there is none."""
     return max((int(path.name[11:]) for path in output.glob("checkpoint-*")), default=0)
 
 
 def environment(folder):
     """Return the environment of the runs, which compile once."""
-    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "jax")}
+    return {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"), "PYTHONUNBUFFERED": "1"}
 
 
 def kill_at_random(script, folder, steps, kills, seed=0):
