@@ -1038,7 +1038,10 @@ class MaskedLMTrainer(Trainer):
         # The Trainer would make one step more of a run that is resumed at its end.
         if self.state.global_step >= self.state.max_steps:
             return [], None
-        return super().get_batch_samples(*args, **kwargs)
+        batches, count = super().get_batch_samples(*args, **kwargs)
+        if self.args.n_gpu > 1:  # The Trainer divides it among the devices, but here one loss is made of all logits.
+            count = sum((batch["labels"] != IGNORED_LABEL).sum() for batch in batches)
+        return batches, count
 
     def get_eval_dataloader(self, eval_dataset=None):
         # The Trainer would leave out evaluation's last batch as well.
@@ -1056,11 +1059,12 @@ class MaskedLMTrainer(Trainer):
         labels = inputs["labels"]
         labelled = labels != IGNORED_LABEL
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        unwrapped = self.accelerator.unwrap_model(model)
         if self.dense_head:
-            if model.config.is_encoder_decoder:
+            if unwrapped.config.is_encoder_decoder:
                 inputs["labels"] = labels  # The decoder's inputs are made from them.
             return model(**inputs).logits[labelled], labels[labelled]
-        with labelled_positions_only(self.accelerator.unwrap_model(model).base_model, labelled):
+        with labelled_positions_only(unwrapped.base_model, labelled):
             return model(**inputs).logits[0], labels[labelled]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

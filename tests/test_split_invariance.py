@@ -67,11 +67,12 @@ def test_devices(whole, model_folder, text_files, tmp_path, devices, batch, accu
 
 
 @pytest.mark.parametrize("script", ["run_mlm"], indirect=True)
-@pytest.mark.parametrize(("batch", "accumulation"), [(8, 1), (4, 2)])
-def test_processes(whole, model_folder, text_files, tmp_path, batch, accumulation):
+@pytest.mark.parametrize(("batch", "accumulation", "dense_head"), [(8, 1, "true"), (4, 2, "false")])
+def test_processes(whole, model_folder, text_files, tmp_path, batch, accumulation, dense_head):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(ROOT / "run_mlm.py"), "--use_cpu", "--ddp_backend", "gloo"]
     command += arguments(model_folder, text_files, tmp_path / "split", batch, accumulation)
+    command += ["--dense_head", dense_head]
     run = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert losses(tmp_path / "split") == pytest.approx(whole, rel=1e-5)
