@@ -224,3 +224,23 @@ def test_best_model_is_loaded_and_kept(model_folder, text_files, tmp_path):
     assert best < 12
     assert state["best_model_checkpoint"] == str(output / f"checkpoint-{best}")
     assert weights(output) == weights(output / f"checkpoint-{best}")
+
+
+def test_signal_in_the_last_evaluation_still_saves(model_folder, text_files, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    settings = {"eval_strategy": "steps", "eval_steps": 6}
+    run_mlm.main(training_flags(model_folder, text_files, whole, **settings))
+    predict = run_mlm.MaskedLMTrainer.prediction_step
+
+    def send_signal(self, *args, **kwargs):
+        if self.state.global_step == 12 and not self.callback_handler.callbacks[-1].signals.received:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_mlm.MaskedLMTrainer, "prediction_step", send_signal)
+        with pytest.raises(SystemExit, match="143"):
+            run_mlm.main(training_flags(model_folder, text_files, stopped, save_strategy="no", **settings))
+    assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-12"]
+    run_mlm.main(training_flags(model_folder, text_files, stopped, **settings))
+    assert weights(stopped) == weights(whole)
