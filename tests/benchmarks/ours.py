@@ -1,0 +1,223 @@
+"""Every place where the benchmarks touch the two scripts. They run the real `main`, watched from outside:
+
+- `main(argv)`, and the environment that the scripts set when they are started as programs;
+- what `build_trainer` / `build_run` returns, and its collator (`data_collator` / `collator`), called once per batch;
+- the `tqdm` bar "Training" of run_mlm_flax.py, which advances once per step;
+- `evaluate`, and `tokenize_datasets`.
+"""
+
+import importlib
+import os
+import time
+
+import children
+import material
+
+SCRIPT = {"torch": "run_mlm", "flax": "run_mlm_flax"}
+PROGRAM_ENVIRONMENT = {"torch": {"USE_TF": "0"}, "flax": {"USE_TORCH": "0"}}
+BUILD = {"torch": "build_trainer", "flax": "build_run"}
+COLLATOR = {"torch": "data_collator", "flax": "collator"}
+# The stock Flax recipe has a linear schedule and no clipping. We clip when timed (more work), not for equal losses.
+SAME_RECIPE = {"torch": [], "flax": ["--lr_scheduler_type", "linear"]}
+SAME_LOSSES = {"torch": [], "flax": ["--max_grad_norm", "0", "--logging_steps", "1"]}
+
+
+def load(backend):
+    """Import a script as its program would start."""
+    os.environ.update(PROGRAM_ENVIRONMENT[backend])
+    return importlib.import_module(SCRIPT[backend])
+
+
+def arguments(spec):
+    """Return the flags that stand for a spec, other than what to do."""
+    flags = ["--model_name_or_path", spec["model"], "--train_file", spec["train_file"]]
+    flags += ["--validation_file", spec["validation_file"], "--output_dir", os.path.join(spec["child_folder"], "out")]
+    flags += ["--max_seq_length", spec["length"], "--line_by_line", "true" if spec["mode"] == "lines" else "false"]
+    flags += ["--train_batch_size", spec["batch"], "--eval_batch_size", spec["batch"]]
+    flags += ["--bf16"] if spec["bf16"] else []
+    flags += ["--use_cpu"] if spec["backend"] == "torch" and spec["device"] == "cpu" else []
+    return [str(flag) for flag in [*flags, *SAME_RECIPE[spec["backend"]]]]
+
+
+def wait_for_device(backend):
+    """Return a function that blocks until the device has nothing left to do."""
+
+    def wait():
+        if backend == "torch":
+            import torch
+
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+        else:
+            import jax
+
+            jax.block_until_ready([array for array in jax.live_arrays() if not array.is_deleted()])
+
+    return wait
+
+
+def replace_call(collator, call):
+    """Make a collator answer `call(samples, original)` instead, all else as it was."""
+    original = collator.__call__
+
+    def replaced(self, samples, *args, **kwargs):
+        return call(samples, lambda samples: original(samples, *args, **kwargs))
+
+    collator.__class__ = type("Watched", (type(collator),), {"__call__": replaced})
+
+
+def torch_callback(clock):
+    """Return a `TrainerCallback` that tells the clock of each step."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        """Runs after the callbacks of the Trainer."""
+
+        def on_step_end(self, args, state, control, **kwargs):
+            """Note the end of a step."""
+            clock.step_done()
+
+    return Watch()
+
+
+def watched_bar(bar, clock, *names):
+    """Return a subclass of a tqdm class whose bar of one of the names tells the clock of each finished item."""
+
+    class Watched(bar):
+        """Counts an item when the loop asks for the next."""
+
+        def __iter__(self):
+            watched = (getattr(self, "desc", None) or "").removesuffix(": ") in names
+            for item in super().__iter__():
+                yield item
+                if watched:
+                    clock.step_done()
+
+    return Watched
+
+
+def run_until_measured(script, argv):
+    """Run `main`, which the clock or a watcher leaves by `MeasuredError`."""
+    try:
+        script.main(argv)
+    except children.MeasuredError:
+        return
+    raise RuntimeError(f"{script.__name__} ended before all was measured: has its training loop changed?")
+
+
+def train(spec, variant):
+    """Time training steps of the real script and return the measurements; `variant` may change what was built."""
+    backend = spec["backend"]
+    script = load(backend)
+    clock = children.Clock(spec["warm_up"], spec["steps"], wait_for_device(backend))
+    built = watch_build(script, backend)
+    for patch in variant.patches:
+        patch(script)
+
+    def watch(run):
+        for change in variant.changes:
+            change(run)
+        replace_call(getattr(run, COLLATOR[backend]), lambda samples, original: clock.count_batch(original(samples)))
+        if backend == "torch":
+            run.add_callback(torch_callback(clock))
+
+    built.append(watch)
+    if backend == "flax":
+        script.tqdm = watched_bar(script.tqdm, clock, "Training")
+    max_steps = str(spec["warm_up"] + spec["steps"] + 1)  # One more: what is done after the last is not a step.
+    flags = [*arguments(spec), "--do_train", "--max_steps", max_steps, *variant.flags]
+    if spec["mode"] == "lines":
+        flags += ["--max_train_samples", str(spec["samples"])]
+    run_until_measured(script, flags)
+    return clock.result
+
+
+def watch_build(script, backend):
+    """Return a list: its functions are called with the `Trainer` or `Run` that the script builds."""
+    watchers, build = [], getattr(script, BUILD[backend])
+
+    def wrapped(*args, **kwargs):
+        run = build(*args, **kwargs)
+        for watcher in watchers:
+            watcher(run)
+        return run
+
+    setattr(script, BUILD[backend], wrapped)
+    return watchers
+
+
+def losses(spec):
+    """Return the losses of training steps on the batches of a file; the model has no dropout."""
+    backend = spec["backend"]
+    script = load(backend)
+    batches, found = material.read_batches(spec["batches"]), []
+
+    def watch(run):
+        def call(samples, original):
+            return tensors(next(batches)) if backend == "torch" else next(batches)
+
+        replace_call(getattr(run, COLLATOR[backend]), call)
+        if backend == "torch":
+            record_torch_losses(run, found)
+        else:
+            log = run.log
+            run.log = lambda logs: (log(logs), found.append(logs["loss"]) if "loss" in logs else None)
+
+    watch_build(script, backend).append(watch)
+    flags = [*arguments(spec), *SAME_LOSSES[backend], "--do_train", "--max_steps", str(spec["steps"])]
+    script.main([*flags, "--save_strategy", "no"])
+    return {"losses": found[: spec["steps"]]}
+
+
+def tensors(batch):
+    """Return a NumPy batch as int64 tensors."""
+    import torch
+
+    return {name: torch.from_numpy(array).long() for name, array in batch.items()}
+
+
+def record_torch_losses(trainer, found):
+    """Append the loss of each training step of a `Trainer` to `found`, unrounded."""
+    step = trainer.training_step
+
+    def training_step(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        found.append(float(loss))
+        return loss
+
+    trainer.training_step = training_step
+
+
+def evaluate(spec):
+    """Time the second of two evaluations (one where only memory is wanted) and return the measurements."""
+    script = load(spec["backend"])
+    real, result = script.evaluate, {}
+
+    def watched(*args):
+        for _ in range(spec["passes"]):
+            start = time.perf_counter()
+            metrics = real(*args)
+            seconds = time.perf_counter() - start
+        tokens = metrics["eval_samples"] * spec["length"]
+        result.update(tokens_per_second=tokens / seconds, eval_loss=metrics["eval_loss"], **children.peak_memory())
+        raise children.MeasuredError
+
+    script.evaluate = watched
+    run_until_measured(script, [*arguments(spec), "--do_eval", "--max_val_samples", str(spec["samples"])])
+    return result
+
+
+def tokenize(spec):
+    """Tokenize the files of a spec with the real script and return the seconds of `tokenize_datasets` alone."""
+    script = load(spec["backend"])
+    real, seconds = script.tokenize_datasets, []
+
+    def watched(*args, **kwargs):
+        start = time.perf_counter()
+        tokenized = real(*args, **kwargs)
+        seconds.append(time.perf_counter() - start)
+        return tokenized
+
+    script.tokenize_datasets = watched
+    script.main(arguments(spec))
+    return {"seconds": seconds[0]}
