@@ -101,6 +101,11 @@ class AnonymousPeak:
         self.thread.join()
 
 
+def seconds_since_start():
+    """Return the wall time since the parent started this child."""
+    return time.time() - float(os.environ["BENCH_STARTED"])
+
+
 def run_child(spec, folder, environment=None):
     """Run this program again as a child with `spec` (a dict for JSON); return its result, or {"error": a line}."""
     folder = Path(tempfile.mkdtemp(dir=folder, prefix="child-"))
@@ -108,7 +113,7 @@ def run_child(spec, folder, environment=None):
     (folder / "spec.json").write_text(json.dumps(spec))
     command = [sys.executable, sys.argv[0], CHILD, str(folder / "spec.json")]
     with open(folder / "log.txt", "w") as log, contextlib.suppress(subprocess.TimeoutExpired):
-        child_environment = {**os.environ, **(environment or {})}
+        child_environment = {**os.environ, **(environment or {}), "BENCH_STARTED": repr(time.time())}
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=child_environment, timeout=TIMEOUT)
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())
@@ -139,6 +144,12 @@ def child_main(measure):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)
+
+
+def finish(spec, result):
+    """End the child here, from whatever thread, with its result."""
+    write_result(spec, result)
+    os._exit(0)
 
 
 def write_result(spec, result):

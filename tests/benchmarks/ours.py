@@ -8,6 +8,8 @@
 
 import importlib
 import os
+import runpy
+import sys
 import time
 
 import children
@@ -80,18 +82,26 @@ def torch_callback(clock):
     return Watch()
 
 
-def watched_bar(bar, clock, *names):
-    """Return a subclass of a tqdm class whose bar of one of the names tells the clock of each finished item."""
+def watched_bar(bar, clock, mark):
+    """Return a subclass of a tqdm class that tells the clock of each item done, in bars with this name or length."""
 
     class Watched(bar):
-        """Counts an item when the loop asks for the next."""
+        """Counts an item when the loop asks for the next, or says so."""
+
+        def watched(self):
+            """Return whether this is the bar of the training."""
+            return mark in ((getattr(self, "desc", None) or "").removesuffix(": "), self.total)
 
         def __iter__(self):
-            watched = (getattr(self, "desc", None) or "").removesuffix(": ") in names
             for item in super().__iter__():
                 yield item
-                if watched:
+                if self.watched():
                     clock.step_done()
+
+        def update(self, n=1):
+            if n and self.iterable is None and self.watched():
+                clock.step_done()
+            return super().update(n)
 
     return Watched
 
@@ -208,16 +218,38 @@ def evaluate(spec):
 
 
 def tokenize(spec):
-    """Tokenize the files of a spec with the real script and return the seconds of `tokenize_datasets` alone."""
+    """Tokenize the files of a spec with the real script; return the seconds of `tokenize_datasets` alone, and files."""
     script = load(spec["backend"])
-    real, seconds = script.tokenize_datasets, []
+    real, result = script.tokenize_datasets, {}
 
     def watched(*args, **kwargs):
         start = time.perf_counter()
         tokenized = real(*args, **kwargs)
-        seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        paths = [file["filename"] for split in tokenized.values() for file in split.dataset.cache_files]
+        tokens = sum(split.num_tokens for split in tokenized.values())
+        result.update(seconds=seconds, tokens=tokens, bytes=sum(map(os.path.getsize, paths)))
         return tokenized
 
     script.tokenize_datasets = watched
     script.main(arguments(spec))
-    return {"seconds": seconds[0]}
+    return result
+
+
+def first_batch(spec, measure):
+    """Train until the first batch is collated; `measure(collate)` is called there and must end the process."""
+    script = load(spec["backend"])
+
+    def watch(run):
+        collator = getattr(run, COLLATOR[spec["backend"]])
+        replace_call(collator, lambda samples, original: measure(lambda: original(samples)))
+
+    watch_build(script, spec["backend"]).append(watch)
+    script.main([*arguments(spec), "--do_train", "--max_steps", "2"])
+
+
+def start(backend, flags):
+    """Run the script as the program that it is."""
+    path = os.path.join(children.ROOT, f"{SCRIPT[backend]}.py")
+    sys.argv = [path, *flags]
+    runpy.run_path(path, run_name="__main__")

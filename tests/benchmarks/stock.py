@@ -4,6 +4,7 @@ Both backends: list-based tokenize and group maps. The rest is in stock_torch.py
 """
 
 import importlib
+import os
 import time
 from itertools import chain
 
@@ -54,13 +55,15 @@ def load_data(spec, tokenizer):
 
 
 def tokenize(spec):
-    """Tokenize the files of a spec and return the seconds that the maps took."""
+    """Tokenize the files of a spec and return the seconds of the maps, and what they leave on disk."""
     from transformers import AutoTokenizer
 
     tokenizer, raw = AutoTokenizer.from_pretrained(spec["model"]), load_texts(spec)
     start = time.perf_counter()
-    tokenize_texts(raw, tokenizer, spec["length"], spec["mode"] == "lines")
-    return {"seconds": time.perf_counter() - start}
+    data = tokenize_texts(raw, tokenizer, spec["length"], spec["mode"] == "lines")
+    seconds = time.perf_counter() - start
+    paths = [file["filename"] for split in data.values() for file in split.cache_files]
+    return {"seconds": seconds, "bytes": sum(map(os.path.getsize, paths))}
 
 
 def train(spec):
