@@ -182,7 +182,9 @@ def parse_args():
     )
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on cuda only")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=None, help="measured steps (default 10, base 6, cuda 50)")
+    parser.add_argument(
+        "--steps", type=int, help="measured steps (default 10, base 6, lines 25, cuda 50)"
+    )
     parser.add_argument("--warm_up", type=int, default=3, help="steps before, not measured")
     parser.add_argument("--ablation", action="store_true", help="techniques switched off one by one as well")
     parser.add_argument("--variants", help="only these, separated by ; (stock is needed for ratios)")
@@ -195,7 +197,8 @@ def parse_args():
     args = parser.parse_args()
     args.shape = args.shape or ("base" if args.device == "cuda" else "small")
     args.bf16 = args.device == "cuda" if args.bf16 is None else args.bf16
-    args.steps = args.steps or (50 if args.device == "cuda" else 6 if args.shape == "base" else 10)
+    few = 25 if args.mode == "lines" else 6 if args.shape == "base" else 10
+    args.steps = args.steps or (50 if args.device == "cuda" else few)
     default = "64x128,32x512" if args.device == "cuda" else "8x128" if args.shape == "base" else "16x128"
     args.work = [tuple(map(int, work.split("x"))) for work in (args.work or default).split(",")]
     args.backends = ["torch", "flax"] if args.backend == "both" else [args.backend]
@@ -355,7 +358,9 @@ class Bench:
             row["device GiB"] = report.spread(device.values(), 2**-30)
             row["device ratio"] = report.spread(report.ratios(device, base["peak_device_memory"]))
         if self.args.mode == "lines":
+            compiled = self.report.values("compilations_while_measured", variant=name, **keys)
             row["padding"] = report.spread(padding.values(), 100, 1) + " %"
+            row["compiled while measured"] = report.spread(compiled.values(), digits=0)
         elif seconds:
             row |= self.share_of_peak(backend, name, statistics.median(seconds.values()))
         return row

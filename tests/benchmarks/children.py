@@ -35,23 +35,28 @@ class Clock:
     def __init__(self, warm_up, steps, wait=lambda: None):
         self.warm_up, self.steps, self.wait = warm_up, steps, wait
         self.begin = time.perf_counter()
-        self.count, self.batches, self.result = 0, [], {}
+        self.count, self.batches, self.compilations, self.result = 0, [], 0, {}
 
     def step_done(self):
         """Note the end of a step; raises `MeasuredError` at the last one."""
         self.count += 1
         if self.count == self.warm_up:
             self.wait()
+            self.compilations = 0
             self.start = time.perf_counter()
         elif self.count == self.warm_up + self.steps:
             self.wait()
             seconds = time.perf_counter() - self.start
             self.result = {"seconds_per_step": seconds / self.steps, "start_up_seconds": self.start - self.begin}
-            self.result |= peak_memory()
+            self.result |= peak_memory() | {"compilations_while_measured": self.compilations}
             tokens, places = (sum(column) for column in zip((0, 0), *self.batches[self.warm_up : self.count]))
             if tokens:
                 self.result |= {"tokens_per_second": tokens / seconds, "padding_share": 1 - tokens / places}
             raise MeasuredError
+
+    def count_compilation(self, event, duration, **details):
+        """Listen to `jax.monitoring`."""
+        self.compilations += event == "/jax/core/compile/backend_compile_duration"
 
     def count_batch(self, batch):
         """Note the tokens and the places of a collated batch (NumPy or PyTorch) and return it."""

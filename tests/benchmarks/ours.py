@@ -133,6 +133,7 @@ def train(spec, variant):
 
     built.append(watch)
     if backend == "flax":
+        script.jax.monitoring.register_event_duration_secs_listener(clock.count_compilation)
         script.tqdm = watched_bar(script.tqdm, clock, "Training")
     max_steps = str(spec["warm_up"] + spec["steps"] + 1)  # One more: what is done after the last is not a step.
     flags = [*arguments(spec), "--do_train", "--max_steps", max_steps, *variant.flags]

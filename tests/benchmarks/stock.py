@@ -78,6 +78,7 @@ def train(spec):
             trainer.train()
         else:
             run = recipe("flax").FlaxRun(spec, max_steps)
+            recipe("flax").jax.monitoring.register_event_duration_secs_listener(clock.count_compilation)
             ours.replace_call(run.collator, lambda samples, original: clock.count_batch(original(samples)))
             run.train(lambda loss: clock.step_done())
     except children.MeasuredError:
