@@ -182,9 +182,7 @@ def parse_args():
     )
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="default: on cuda only")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--steps", type=int, help="measured steps (default 10, base 6, lines 25, cuda 50)"
-    )
+    parser.add_argument("--steps", type=int, help="measured steps (default 10, base 6, lines 25, cuda 50)")
     parser.add_argument("--warm_up", type=int, default=3, help="steps before, not measured")
     parser.add_argument("--ablation", action="store_true", help="techniques switched off one by one as well")
     parser.add_argument("--variants", help="only these, separated by ; (stock is needed for ratios)")
