@@ -302,16 +302,15 @@ class Bench:
 
     def summarize(self):
         """Fill the tables of the report with what there is."""
-        tables, keys = self.report.tables, {"work": self.work}
-        work = f"{self.work} tokens"
+        tables, work = self.report.tables, f"{self.work} tokens"
         if self.args.evaluation:
             tables[f"Evaluation, {work}"] = self.evaluation_rows()
         else:
             tables[f"Training, {work}"] = self.training_rows()
-            losses = [row for backend in self.args.backends for row in self.loss_rows(backend)]
-            tables |= {f"Losses of the first steps, {work}": losses} if losses else {}
-            peaks = [self.report.error(kind="peak", backend=backend, **keys) for backend in self.args.backends]
-            tables |= {f"Matrix products, {work}": self.peak_rows()} if not all(peaks) else {}
+            if self.args.mode == "concat":
+                losses = [row for backend in self.args.backends for row in self.loss_rows(backend)]
+                tables[f"Losses of the first steps, {work}"] = losses
+                tables[f"Matrix products, {work}"] = self.peak_rows()
         self.report.save()
 
     def training_rows(self):
@@ -393,7 +392,11 @@ class Bench:
         """Return the rates of the matrix products."""
         rows = []
         for backend in self.args.backends:
-            for name, rate in self.peak_rates(backend).items():
+            rates = self.peak_rates(backend)
+            if not rates:
+                error = self.report.error(kind="peak", backend=backend, work=self.work)
+                rows.append({"backend": backend, "product": "", "GFLOP/s": f"failed: {error}"})
+            for name, rate in rates.items():
                 rows.append({"backend": backend, "product": name, "GFLOP/s": f"{rate / 1e9:,.0f}"})
         return rows
 
