@@ -147,10 +147,10 @@ class Bench:
         row |= {"stock / this": report.spread(faster), "target": report.verdict(faster, FASTER if mine else None)}
         row |= {"this / bare tokenizer": report.spread(near)}
         row |= {"bare target": report.verdict(near, NEAR_BARE if mine else None, at_least=False)}
-        row |= {"MB on disk": report.spread(size.values(), 1e-6, 1), "by stock's": report.spread(smaller)}
+        row |= {"MB on disk": report.spread(size.values(), 1e-6, 1), "disk ratio": report.spread(smaller)}
         row |= {"disk target": report.verdict(smaller, SMALLER if mine else None, at_least=False)}
         row["MB with intermediate files"] = report.spread(everything.values(), 1e-6, 1)
-        row["by stock's "] = report.spread(report.ratios(everything, base_everything))
+        row["ratio with them"] = report.spread(report.ratios(everything, base_everything))
         return row
 
     def memory_row(self, name):

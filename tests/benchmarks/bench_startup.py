@@ -31,8 +31,8 @@ VARIANTS = [  # (backend, variant, side, whether nothing is compiled yet)
     ("flax", "ours", "ours", False),
     ("flax", "ours, nothing compiled yet", "ours", True),
 ]
-# Where a compilation cache can be by default, or is asked to be.
-CACHE_VARIABLES = ("HOME", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
+OUR_FLAGS = []  # Of both scripts, if the compilation cache is not there by itself.
+CACHE_VARIABLES = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TMPDIR")  # Below which programs keep what they compiled.
 
 
 def measure(spec):
@@ -51,6 +51,7 @@ def measure(spec):
     else:
         flags = ["--model_name_or_path", spec["model"], "--train_file", files[0], "--validation_file", files[1]]
         flags += ["--line_by_line", "false", "--train_batch_size", BATCH, "--max_seq_length", LENGTH, "--do_train"]
+        flags += OUR_FLAGS
         ours.start(spec["backend"], [str(flag) for flag in [*flags, "--max_steps", STEPS, "--output_dir", output]])
     raise RuntimeError("the program ended without a first step: has its progress bar changed?")
 
@@ -98,10 +99,10 @@ def run_variant(folder, spec, variant, cold):
     """Run a child; with `cold` its compilation cache is empty."""
     caches = Path(tempfile.mkdtemp(dir=folder)) if cold else folder / f"caches-{variant}-{spec['backend']}"
     environment = {name: str(caches / name.lower()) for name in CACHE_VARIABLES}
-    environment |= {name: str(folder / name.lower()) for name in ("HF_HOME", "HF_DATASETS_CACHE")}
-    environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "MLM_DEBUG": "1"}
-    if spec["side"] == "stock":
-        del environment["JAX_COMPILATION_CACHE_DIR"]  # The stock script has none.
+    for path in environment.values():
+        Path(path).mkdir(parents=True, exist_ok=True)
+    environment |= {"HF_DATASETS_CACHE": str(folder / "datasets"), "HF_HUB_OFFLINE": "1", "MLM_DEBUG": "1"}
+    environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     return children.run_child(spec, folder, environment)
 
 
