@@ -140,6 +140,9 @@ def train(spec, variant):
     if spec["mode"] == "lines":
         flags += ["--max_train_samples", str(spec["samples"])]
     run_until_measured(script, flags)
+    if spec["mode"] == "concat":  # Not counted where worker processes collate.
+        tokens = spec["batch"] * spec["length"]
+        clock.result.setdefault("tokens_per_second", tokens / clock.result["seconds_per_step"])
     return clock.result
 
 
