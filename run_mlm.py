@@ -46,7 +46,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 import transformers
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, dropout, scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -959,34 +960,80 @@ class EpochSampler(torch.utils.data.Sampler):
         yield from (self.epoch * len(self.dataset) + order).tolist()
 
 
-@contextlib.contextmanager
-def labelled_positions_only(encoder, labelled):
-    """Within, `encoder` hands on only its hidden states at the labelled positions: [1, K, H], `labelled: bool [B, L]`.
+def last_attention_output(model):
+    """Return the part of a BERT-like encoder behind which every position goes its own way, or None."""
+    name = f".{getattr(model.config, 'num_hidden_layers', 0) - 1}.attention.output"
+    return next((module for path, module in model.named_modules() if path.endswith(name)), None)
 
-    The model's own head then computes K rows of logits instead of B * L.
+
+@contextlib.contextmanager
+def labelled_positions_only(model, labelled, selection):
+    """Within, `model` goes on with its hidden states at the labelled positions: [1, K, H], `labelled: bool [B, L]`.
+
+    From the last attention ("layer") or from the end of the encoder ("encoder") on: the model's own head computes
+    K rows of logits instead of B * L.
     """
 
-    def keep_labelled(module, inputs, output):
+    def select_inputs(module, inputs):
+        return tuple(hidden[labelled][None] for hidden in inputs)
+
+    def select_outputs(module, inputs, output):
         hidden = output[0][labelled][None]
         if isinstance(output, tuple):
             return hidden, *output[1:]
         output["last_hidden_state"] = hidden
         return output
 
-    handle = encoder.register_forward_hook(keep_labelled)
+    if selection == "layer":
+        handle = last_attention_output(model).register_forward_pre_hook(select_inputs)
+    else:
+        handle = model.base_model.register_forward_hook(select_outputs)
     try:
         yield
     finally:
         handle.remove()
 
 
+def keep_mask(shape, probability):
+    """Return uint8 of a shape, 1 with a probability (to 2**-16), else 0; one 64-bit draw of PyTorch's serves four."""
+    size = math.prod(shape)
+    bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+    return (bits[:size].view(shape) < min(round(probability * 2**16), 2**16 - 1) - 2**15).view(torch.uint8)
+
+
+def quick_dropout(input, p=0.5, training=True, inplace=False):
+    """`torch.nn.functional.dropout`, on `keep_mask`."""
+    return (
+        input * keep_mask(input.shape, 1 - p) * (1 / (1 - p)) if training and 0 < p < 1 else dropout(input, p, training)
+    )
+
+
+def quick_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
+    """`scaled_dot_product_attention`, its dropout on `keep_mask`."""
+    if is_causal or options.get("enable_gqa") or not 0 < dropout_p < 1:
+        return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
+    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+    weights = scores.softmax(-1)
+    return weights * keep_mask(weights.shape, 1 - dropout_p) @ (value * (1 / (1 - dropout_p)))
+
+
+class QuickDropout(TorchFunctionMode):
+    """Within, dropout on a CPU draws its random numbers several times faster than PyTorch does."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        quick = {dropout: quick_dropout, scaled_dot_product_attention: quick_attention}
+        return quick.get(func, func)(*args, **(kwargs or {}))
+
+
 class MaskedLMTrainer(Trainer):
     """A `Trainer` whose loss is one mean over the masked tokens of the whole step, however the step is split."""
 
-    def __init__(self, *args, dense_head=False, **kwargs):
+    def __init__(self, *args, selection=None, **kwargs):
         super().__init__(*args, compute_metrics=masked_lm_metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
-        self.dense_head = dense_head or self.args.n_gpu > 1  # DataParallel splits the batch behind our back.
+        self.selection = None if self.args.n_gpu > 1 else selection  # DataParallel splits the batch behind our back.
         self.first_step = self.reported_step = 0
         self.reported_loss = 0.0
 
@@ -1060,12 +1107,18 @@ class MaskedLMTrainer(Trainer):
         labelled = labels != IGNORED_LABEL
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         unwrapped = self.accelerator.unwrap_model(model)
-        if self.dense_head:
+        if self.selection is None:
             if unwrapped.config.is_encoder_decoder:
                 inputs["labels"] = labels  # The decoder's inputs are made from them.
             return model(**inputs).logits[labelled], labels[labelled]
-        with labelled_positions_only(unwrapped.base_model, labelled):
+        with labelled_positions_only(unwrapped, labelled, self.selection):
             return model(**inputs).logits[0], labels[labelled]
+
+    def training_step(self, *args, **kwargs):
+        # Around the backward pass too: checkpointed activations are computed again there.
+        quick = self.args.device.type == "cpu" and not self.args.torch_compile
+        with QuickDropout() if quick else contextlib.nullcontext():
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the sum of the losses divided by the number of masked tokens in the step; 0 where there are none."""
@@ -1131,8 +1184,11 @@ def mean_metrics(loss, hits, count):
 # ---------------------------------------------------------------------------------------------------------------------
 # 8. Steps
 # ---------------------------------------------------------------------------------------------------------------------
-def head_can_be_sparse(model, dataset, collator):
-    """Return whether the head gives the same loss from the labelled positions alone (one sample, eval mode)."""
+def find_selection(model, dataset, collator):
+    """Return where hidden states can be left out, "layer" or "encoder", or None if the head needs all positions.
+
+    Tried on one sample: the loss must stay the same.
+    """
     batch = collator([dataset[0]])
     batch["labels"] = batch["input_ids"].where(torch.arange(batch["input_ids"].shape[1]) % 2 == 1, IGNORED_LABEL)
     batch = {name: value.to(model.device) for name, value in batch.items()}
@@ -1140,18 +1196,20 @@ def head_can_be_sparse(model, dataset, collator):
     labelled = labels != IGNORED_LABEL
     was_training = model.training
     model.eval()
+    found = None
     with torch.no_grad():
         dense = model(**batch, labels=labels).loss
-        try:
-            with labelled_positions_only(model.base_model, labelled):
-                sparse = cross_entropy(model(**batch).logits[0], labels[labelled])
-        except (RuntimeError, ValueError, IndexError):
-            sparse = torch.tensor(math.nan)
+        for selection in ("encoder", "layer") if last_attention_output(model) else ("encoder",):
+            try:
+                with labelled_positions_only(model, labelled, selection):
+                    if torch.allclose(dense, cross_entropy(model(**batch).logits[0], labels[labelled]), rtol=1e-3):
+                        found = selection
+            except (RuntimeError, ValueError, IndexError):
+                break
     model.train(was_training)
-    same = torch.allclose(dense, sparse, rtol=1e-3)
-    if not same:
+    if found is None:
         logger.warning(f"{type(model).__name__} needs all positions in its head: training with the dense head.")
-    return same
+    return found
 
 
 def build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
@@ -1171,7 +1229,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         train_dataset=tokenized.get("train"),
         eval_dataset=tokenized.get("validation"),
         processing_class=tokenizer,
-        dense_head=model_args.dense_head or not head_can_be_sparse(model, sample, collator),
+        selection=None if model_args.dense_head else find_selection(model, sample, collator),
     )
 
 

@@ -38,7 +38,9 @@ import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional
 
@@ -1088,16 +1090,20 @@ def cross_entropy(logits, targets, weights=None, label_smoothing=0.0):
     """Return (sum of the weighted losses, sum of the weights) for `logits: [..., V]`, `targets: int [...]`.
 
     The target has probability 1 - label_smoothing, the other tokens share the rest; what no model can undercut is
-    subtracted, so that the best loss is 0 (Flax, examples/lm1b). Computed without a one-hot array.
+    subtracted, so that the best loss is 0 (Flax, examples/lm1b). Computed without a one-hot or log-probability array.
     """
     vocab_size = logits.shape[-1]
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-    target_log_probs = jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
+    logits = logits.astype(jnp.float32)
+    log_total = jax.nn.logsumexp(logits, -1)
+    # A comparison, as its gradient is fused with that of logsumexp where a gather's is an array of its own.
+    is_target = jnp.arange(vocab_size) == targets[..., None]
+    target_log_probs = jnp.where(is_target, logits, 0).sum(-1) - log_total
     loss = -target_log_probs
     if label_smoothing > 0:
         confidence, low = 1.0 - label_smoothing, label_smoothing / (vocab_size - 1)
         floor = -(confidence * math.log(confidence) + label_smoothing * math.log(low))
-        loss = -(confidence * target_log_probs + low * (log_probs.sum(-1) - target_log_probs)) - floor
+        other_log_probs = logits.sum(-1) - vocab_size * log_total - target_log_probs
+        loss = -(confidence * target_log_probs + low * other_log_probs) - floor
     if weights is None:
         return loss.sum(), np.prod(targets.shape)
     return (loss * weights).sum(), weights.sum()
@@ -1140,28 +1146,49 @@ class Optimizer(train_state.TrainState):
     grad_norm: jax.Array
 
 
-def labelled_logits(params, batch, dropout_rng=None, *, model):
+def dropout_layer(module, inputs):
+    """What the `nn.Dropout` does while training, its probability exact to 2**-16: two numbers draw from 32 bits."""
+    keep = 1.0 - module.rate
+    shape = [1 if i in module.broadcast_dims else size for i, size in enumerate(inputs.shape)]
+    size = math.prod(shape)
+    bits = jax.random.bits(module.make_rng(module.rng_collection), (-(-size // 2),), jnp.uint32)
+    bits = lax.bitcast_convert_type(bits, jnp.uint16).ravel()[:size].reshape(shape)
+    return jnp.where(bits < round(keep * 2**16), inputs / keep, 0)
+
+
+def labelled_logits(params, batch, dropout_rng=None, *, model, selection="encoder"):
     """Return logits for `batch`: [K, V] at its `positions` (flat in [B * L]) where it names them, else [B, L, V].
 
-    In the first case the base model hands on K hidden states only, and the model's own head runs on those.
-    Dropout is on with a `dropout_rng`.
+    In the first case the model goes on with K hidden states only, from its last attention ("layer") or from the end
+    of the encoder ("encoder") on, and its own head runs on those. Dropout is on with a `dropout_rng`.
     """
+    sparse = "positions" in batch
+    if selection == "layer":
+        last_attention = (str(model.config.num_hidden_layers - 1), "attention", "output")
 
-    def keep_labelled(call, args, kwargs, context):
+    def keep_labelled(hidden):
+        return hidden.reshape(-1, hidden.shape[-1])[batch["positions"]][None]
+
+    def intercept(call, args, kwargs, context):
+        module = context.module
+        if context.method_name != "__call__":
+            return call(*args, **kwargs)
+        if dropout_rng is not None and type(module) is nn.Dropout and 0 < module.rate < 1:
+            return dropout_layer(module, *args[:1])
+        if sparse and selection == "layer" and module.path[-3:] == last_attention:
+            return call(*map(keep_labelled, args), **kwargs)
         output = call(*args, **kwargs)
-        if context.module.name != model.base_model_prefix or context.method_name != "__call__":
+        if not (sparse and selection == "encoder" and module.name == model.base_model_prefix):
             return output
-        hidden = output[0].reshape(-1, output[0].shape[-1])[batch["positions"]][None]
+        hidden = keep_labelled(output[0])
         return (hidden, *output[1:]) if isinstance(output, tuple) else output.replace(last_hidden_state=hidden)
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     if "token_type_ids" in inspect.signature(type(model).__call__).parameters:
         inputs["token_type_ids"] = jnp.zeros_like(batch["input_ids"])  # The default of FlaxElectra is ones.
-    options = {"params": params, "dropout_rng": dropout_rng, "train": dropout_rng is not None}
-    if "positions" not in batch:
-        return model(**inputs, **options)[0]
-    with nn.intercept_methods(keep_labelled):
-        return model(**inputs, **options)[0][0]
+    with nn.intercept_methods(intercept):
+        logits = model(**inputs, params=params, dropout_rng=dropout_rng, train=dropout_rng is not None)[0]
+    return logits[0] if sparse else logits
 
 
 def training_step(optimizer, batch, dropout_rng, *, label_smoothing=0.0):
@@ -1250,7 +1277,7 @@ class Run:
     tokenized: dict
     max_seq_length: int
     pad_to_max_length: bool
-    dense_head: bool
+    selection: Optional[str]
     writer: SummaryWriter
     step: int = 0
     first_step: int = 0  # Not 0 after a resume.
@@ -1280,7 +1307,7 @@ class Run:
     @functools.cached_property
     def apply_fn(self) -> Callable:
         """The model's forward pass, as the steps call it."""
-        return functools.partial(labelled_logits, model=self.model)
+        return functools.partial(labelled_logits, model=self.model, selection=self.selection)
 
     @functools.cached_property
     def eval_step(self):
@@ -1309,7 +1336,7 @@ class Run:
             batch["labels"][len(samples) :] = IGNORED_LABEL
         batch = {name: array.reshape(accumulation, -1, rows, array.shape[-1]) for name, array in batch.items()}
         batch = {name: array.swapaxes(0, 1) if accumulation > 1 else array[0] for name, array in batch.items()}
-        if not self.dense_head:
+        if self.selection:
             batch |= select_labels(batch["labels"], label_slots(batch["labels"], self.collator.mlm_probability))
         shape = tuple(array.shape for array in batch.values())
         if shape not in self.seen_shapes:
@@ -1325,20 +1352,26 @@ class Run:
         return min(self.max_seq_length, multiple * math.ceil(longest / multiple))
 
 
-def head_can_be_sparse(model, dataset, collator):
-    """Return whether the head gives the same logits from the labelled positions alone (one sample, eval mode)."""
+def find_selection(model, dataset, collator):
+    """Return where hidden states can be left out, "layer" or "encoder", or None if the head needs all positions.
+
+    Tried on one sample: the logits must stay the same.
+    """
     batch = collator([dataset[0]])
     positions = np.arange(batch["input_ids"].shape[1] // 2) * 2 + 1
-    forward = jax.jit(functools.partial(labelled_logits, model=model))
-    try:
-        dense = forward(model.params, batch)[0, positions]
-        sparse = forward(model.params, {**batch, "positions": positions})
-        same = dense.shape == sparse.shape and bool(jnp.allclose(dense, sparse, rtol=1e-3, atol=1e-3))
-    except (TypeError, ValueError):
-        same = False
-    if not same:
+    found = None
+    dense = jax.jit(functools.partial(labelled_logits, model=model))(model.params, batch)[0, positions]
+    for selection in ("encoder", "layer"):
+        forward = jax.jit(functools.partial(labelled_logits, model=model, selection=selection))
+        try:
+            sparse = forward(model.params, {**batch, "positions": positions})
+        except (AttributeError, TypeError, ValueError):
+            break
+        if dense.shape == sparse.shape and bool(jnp.allclose(dense, sparse, rtol=1e-3, atol=1e-3)):
+            found = selection
+    if found is None:
         logger.warning(f"{type(model).__name__} needs all positions in its head: training with the dense head.")
-    return same
+    return found
 
 
 def build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
@@ -1355,7 +1388,7 @@ def build_run(model_args, data_args, training_args, model, tokenizer, tokenized,
         tokenized=tokenized,
         max_seq_length=max_seq_length,
         pad_to_max_length=data_args.pad_to_max_length,
-        dense_head=model_args.dense_head or not head_can_be_sparse(model, sample, collator),
+        selection=None if model_args.dense_head else find_selection(model, sample, collator),
         writer=SummaryWriter(os.path.join(training_args.output_dir, "logs") if training_args.should_log else None),
     )
 
@@ -1528,6 +1561,14 @@ def setup_logging(training_args):
     logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
 
 
+def keep_compiled_code(model_args):
+    """Let the next run of the same shapes find what this one compiles, unless JAX was told where to keep it."""
+    if not jax.config.jax_compilation_cache_dir:
+        folder = model_args.cache_dir or datasets.config.HF_CACHE_HOME
+        jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def check_samples(tokenized, training_args, max_seq_length):
     """Raise `UserError` when a split that is asked for holds no sample, or not enough for one step."""
     for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
@@ -1621,10 +1662,30 @@ def training_order(run):
             yield epoch * len(dataset) + batch
 
 
+def prefetch(function, items):
+    """Yield `function(item)` of each item; a thread makes the next one while this one is used."""
+    with ThreadPoolExecutor(1) as executor:
+        futures = deque()
+        for item in items:
+            futures.append(executor.submit(function, item))
+            if len(futures) > 1:
+                yield futures.popleft().result()
+        while futures:
+            yield futures.popleft().result()
+
+
+def take_params(model):
+    """Return the parameters of a model that keeps their shapes only: from here on they live on the devices."""
+    params = model.params
+    model.params = jax.tree.map(lambda value: jax.ShapeDtypeStruct(value.shape, value.dtype), params)
+    return params
+
+
 def create_training_state(run, checkpoint):
     """Return (optimizer, dropout_rngs) of the first step, or as the checkpoint has them, on every device."""
-    params, tx = run.model.params, create_optimizer(run.args, run.schedule)
-    dropout_rngs = jax.random.split(jax.random.PRNGKey(run.args.seed), jax.local_device_count())
+    params, tx = take_params(run.model), create_optimizer(run.args, run.schedule)
+    # Of the kind that XLA draws fastest; the other one costs a tenth of a step.
+    dropout_rngs = jax.random.split(jax.random.key(run.args.seed, impl="rbg"), jax.local_device_count())
     if checkpoint:
         params = flax_params(load_file(os.path.join(checkpoint, "model.safetensors")), params)
     optimizer = Optimizer.create(apply_fn=run.apply_fn, params=params, tx=tx, grad_norm=jnp.zeros(()))
@@ -1634,9 +1695,9 @@ def create_training_state(run, checkpoint):
         run.step = run.first_step = state["global_step"]
         run.log_history = state["log_history"]
         with open(os.path.join(checkpoint, "optimizer.msgpack"), "rb") as file:
-            saved = serialization.from_bytes((optimizer.opt_state, dropout_rngs), file.read())
+            saved = serialization.from_bytes((optimizer.opt_state, jax.random.key_data(dropout_rngs)), file.read())
         optimizer = optimizer.replace(step=run.step, opt_state=saved[0])
-        dropout_rngs = jnp.asarray(saved[1])
+        dropout_rngs = jax.random.wrap_key_data(saved[1], impl="rbg")
     return jax_utils.replicate(optimizer), dropout_rngs
 
 
@@ -1662,9 +1723,11 @@ def train(run, checkpoint):
     optimizer, dropout_rngs = create_training_state(run, checkpoint)
     losses, total_loss, tokens = [], 0.0, 0
     steps = itertools.islice(training_order(run), run.num_steps - run.step)
+    batches = prefetch(
+        lambda keys: run.device_batch(dataset, keys, args.train_batch_size, args.gradient_accumulation_steps), steps
+    )
     with StopSignals() as signals:
-        for keys in tqdm(steps, "Training", run.num_steps, initial=run.step, disable=not args.should_log):
-            batch = run.device_batch(dataset, keys, args.train_batch_size, args.gradient_accumulation_steps)
+        for batch in tqdm(batches, "Training", run.num_steps, initial=run.step, disable=not args.should_log):
             loss, optimizer, dropout_rngs = step_fn(optimizer, batch, dropout_rngs)
             run.step += 1
             tokens += batch["input_ids"].size
@@ -1719,8 +1782,9 @@ def evaluate(run, params):
     dataset, rows, start = run.tokenized["validation"], run.args.eval_batch_size, time.time()
     batches = generate_batch_splits(np.arange(len(dataset)), rows * jax.device_count(), drop_last=False)
     sums = []
-    for keys in tqdm(batches, "Evaluating", leave=False, disable=not run.args.should_log):
-        sums.append(run.eval_step(params, run.device_batch(dataset, keys, rows)))
+    arrays = prefetch(lambda keys: run.device_batch(dataset, keys, rows), batches)
+    for batch in tqdm(arrays, "Evaluating", len(batches), leave=False, disable=not run.args.should_log):
+        sums.append(run.eval_step(params, batch))
     sums = {name: sum(float(part[name][0]) for part in jax.device_get(sums)) for name in sums[0]}
     metrics = mean_metrics(sums["loss"], sums["accuracy"], sums["normalizer"])
     metrics = {f"eval_{name}": value for name, value in metrics.items()}
@@ -1759,7 +1823,7 @@ def save_checkpoint(run, optimizer, dropout_rngs):
     with staging(run.args.output_dir) as folder:
         staged = os.path.join(folder, f"checkpoint-{run.step}")
         write_model(run, optimizer.params, staged)
-        state = jax.device_get((jax_utils.unreplicate(optimizer.opt_state), dropout_rngs))
+        state = jax.device_get((jax_utils.unreplicate(optimizer.opt_state), jax.random.key_data(dropout_rngs)))
         with open(os.path.join(staged, "optimizer.msgpack"), "wb") as file:
             file.write(serialization.to_bytes(state))
         write_json(os.path.join(staged, "trainer_state.json"), trainer_state(run))
@@ -1824,6 +1888,7 @@ def main(argv=None):
     """Run what the arguments ask for and return all metrics."""
     model_args, data_args, training_args = parse_args(argv)
     setup_logging(training_args)
+    keep_compiled_code(model_args)
     checkpoint = prepare_output_dir(training_args)
     config = load_config(model_args)
     tokenizer = load_tokenizer(model_args)
@@ -1846,7 +1911,7 @@ def main(argv=None):
         save_results(run, "train", train_metrics)
         metrics |= train_metrics
     else:
-        params = jax_utils.replicate(model.params)
+        params = jax_utils.replicate(take_params(model))
     if training_args.do_eval:
         eval_metrics = evaluate(run, params)
         save_results(run, "eval", eval_metrics)

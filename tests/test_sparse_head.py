@@ -52,7 +52,7 @@ def build(script, folder, tmp_path, *more):
 
 def pytorch_loss(trainer, batch, dense_head):
     """Return (loss, gradients, rows that the head computed)."""
-    trainer.dense_head = dense_head
+    trainer.selection = None if dense_head else trainer.selection or "layer"
     trainer.model.zero_grad()
     rows = []
     head = trainer.model.get_output_embeddings()
@@ -67,7 +67,7 @@ def pytorch_loss(trainer, batch, dense_head):
 
 def test_pytorch_loss_and_gradients_are_those_of_the_dense_head(folder, batch, tmp_path):
     trainer = build(run_mlm, folder, tmp_path)
-    assert not trainer.dense_head
+    assert trainer.selection
     sparse, sparse_gradients, sparse_rows = pytorch_loss(trainer, batch, dense_head=False)
     dense, dense_gradients, dense_rows = pytorch_loss(trainer, batch, dense_head=True)
     assert (sparse_rows, dense_rows) == ([9], [4 * LENGTH])
@@ -81,7 +81,7 @@ def test_pytorch_loss_and_gradients_are_those_of_the_dense_head(folder, batch, t
 
 def test_flax_loss_and_gradients_are_those_of_the_dense_head(folder, batch, tmp_path):
     run = build(run_mlm_flax, folder, tmp_path)
-    assert not run.dense_head
+    assert run.selection
     selected = batch | run_mlm_flax.select_labels(batch["labels"], 16)
     shapes = []
 
@@ -102,7 +102,7 @@ def test_flax_loss_and_gradients_are_those_of_the_dense_head(folder, batch, tmp_
 
 def test_dense_head_is_a_flag(script, tmp_path):
     folder = make_model(tmp_path / "model")
-    assert build(script, folder, tmp_path, "--dense_head").dense_head is True
+    assert build(script, folder, tmp_path, "--dense_head").selection is None
 
 
 def test_no_labels_no_loss_and_no_nan(tmp_path, batch):

@@ -14,7 +14,7 @@ DIFFERENT = {
     *("load_model", "resize_vocabulary"),
     *("epoch_permutation", "labelled_logits"),
     *(
-        "head_can_be_sparse",
+        "find_selection",
         "setup_logging",
         "train",
         "evaluate",
@@ -27,7 +27,8 @@ DIFFERENT = {
 }
 COLLATORS = {"MaskedLMCollator", "FlaxDataCollatorForLanguageModeling"}
 CLOSURES = {
-    *("read_json_config.unique", "exit_on_user_error.wrapped", "labelled_positions_only.keep_labelled"),
+    *("read_json_config.unique", "exit_on_user_error.wrapped", "labelled_positions_only.select_inputs"),
+    *("labelled_positions_only.select_outputs", "labelled_logits.intercept"),
     *("labelled_logits.keep_labelled", "training_step.micro_loss", "training_step.accumulate"),
     *("create_learning_rate_scheduler.cosine", "create_learning_rate_scheduler.schedule", "resize_vocabulary.fit"),
 }
