@@ -85,6 +85,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none leaves this much.
 UNFINISHED = ".unfinished"  # Where a checkpoint or a model is written before it is renamed into place.
 EVAL_EPOCH = 2**63  # No training epoch: evaluation draws its own masks, the same ones every time.
+ATTENTION_PART = 2**20  # Attention weights computed at a time on a CPU: what its cache holds.
 LENGTH_WINDOW = 50  # Batches sorted by length together: enough for like lengths, few enough to stay random.
 
 
@@ -759,12 +760,17 @@ class MaskingCollator:
             np.asarray(sample.get("special_tokens_mask", self.is_special[input_ids]), bool),
             sample_generator(self.seed or 0, epoch, index),
             mask_token_id=self.tokenizer.mask_token_id,
-            vocab_size=len(self.tokenizer),
+            vocab_size=self.vocab_size,
             mlm_probability=self.mlm_probability,
             mask_replace_prob=self.mask_replace_prob,
             random_replace_prob=self.random_replace_prob,
             continues_word=sample.get("continues_word"),
         )
+
+    @functools.cached_property
+    def vocab_size(self):
+        """The size of the vocabulary, which a tokenizer counts anew each time it is asked."""
+        return len(self.tokenizer)
 
     @functools.cached_property
     def is_special(self):
@@ -1009,14 +1015,61 @@ def quick_dropout(input, p=0.5, training=True, inplace=False):
 
 
 def quick_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
-    """`scaled_dot_product_attention`, its dropout on `keep_mask`."""
-    if is_causal or options.get("enable_gqa") or not 0 < dropout_p < 1:
+    """`scaled_dot_product_attention`; with dropout it is `DropoutAttention`."""
+    learned_mask = attn_mask is not None and attn_mask.requires_grad
+    if is_causal or learned_mask or options.get("enable_gqa") or query.ndim != 4 or not 0 < dropout_p < 1:
         return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
-    scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    weights = scores.softmax(-1)
-    return weights * keep_mask(weights.shape, 1 - dropout_p) @ (value * (1 / (1 - dropout_p)))
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -math.inf)
+    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+    return DropoutAttention.apply(query, key, value * (1 / (1 - dropout_p)), attn_mask, 1 - dropout_p)
+
+
+class DropoutAttention(torch.autograd.Function):
+    """(softmax(Q K^T + mask) * keep) V for Q, K, V: [B, heads, L, H / heads], some samples at a time.
+
+    They stay in the processor's cache, and the backward pass computes the weights again instead of keeping them.
+    """
+
+    @staticmethod
+    def parts(*arrays):
+        """Return the arrays in parts of some samples, None where an array is."""
+        heads, length = arrays[0].shape[1:3]
+        samples = max(1, ATTENTION_PART // (heads * length * length))
+        count = -(-len(arrays[0]) // samples)
+        return zip(*([None] * count if array is None else array.split(samples) for array in arrays))
+
+    @staticmethod
+    def weights(query, key, mask):
+        """Return softmax(Q K^T + mask) in float32."""
+        scores = (query @ key.transpose(-2, -1)).float()
+        return (scores if mask is None else scores.add_(mask)).softmax(-1)
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, probability):
+        """Draw what to keep and return the attention's output, like Q."""
+        mask = None if mask is None else mask.expand(len(query), *mask.shape[1:])
+        keep = keep_mask((*query.shape[:3], key.shape[2]), probability)
+        ctx.save_for_backward(query, key, value, mask, keep)
+        with torch.autocast("cpu", enabled=False):
+            return torch.cat(
+                [
+                    (DropoutAttention.weights(q, k, m) * d).to(v.dtype) @ v
+                    for q, k, v, m, d in DropoutAttention.parts(query, key, value, mask, keep)
+                ]
+            )
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Return the gradients of Q, K and V."""
+        gradients = []
+        for q, k, v, m, d, g in DropoutAttention.parts(*ctx.saved_tensors, gradient):
+            weights = DropoutAttention.weights(q, k, m)
+            kept = (weights * d).to(v.dtype)
+            back = weights * ((g @ v.transpose(-2, -1)) * d)
+            back = (back - weights * back.sum(-1, keepdim=True)).to(q.dtype)
+            gradients.append((back @ k, back.transpose(-2, -1) @ q, kept.transpose(-2, -1) @ g))
+        return *map(torch.cat, zip(*gradients)), None, None
 
 
 class QuickDropout(TorchFunctionMode):

@@ -816,12 +816,17 @@ class MaskingCollator:
             np.asarray(sample.get("special_tokens_mask", self.is_special[input_ids]), bool),
             sample_generator(self.seed or 0, epoch, index),
             mask_token_id=self.tokenizer.mask_token_id,
-            vocab_size=len(self.tokenizer),
+            vocab_size=self.vocab_size,
             mlm_probability=self.mlm_probability,
             mask_replace_prob=self.mask_replace_prob,
             random_replace_prob=self.random_replace_prob,
             continues_word=sample.get("continues_word"),
         )
+
+    @functools.cached_property
+    def vocab_size(self):
+        """The size of the vocabulary, which a tokenizer counts anew each time it is asked."""
+        return len(self.tokenizer)
 
     @functools.cached_property
     def is_special(self):
