@@ -16,6 +16,7 @@ one), and hidden size H, inner size I: forward 2 per parameter of a matrix and t
     6 T layers (4 H^2 + 2 H I)      matrices of the encoder
     12 T layers L H                 attention: scores and weighted values
     6 P (H^2 + H V)                 head: transform and vocabulary
+    -6 (T - P) (H^2 + 2 H I)        what the last layer leaves out behind its attention, where it does
 
 Recomputation, softmax, layer norms, embeddings and the optimizer do not count. The share of the peak is this number
 by the time of a step and the fastest matrix multiplication of like shapes, timed here in the same backend.
@@ -47,6 +48,7 @@ class Variant:
     patches: list = field(default_factory=list)  # Functions of the imported script, called before its `main`.
     changes: list = field(default_factory=list)  # Functions of the built `Trainer` or `Run`.
     dense: bool = False  # Logits at every position.
+    whole_layers: bool = False  # The last layer computes its unlabelled positions too.
     bf16: bool | None = None  # As asked for, if None.
 
 
@@ -76,6 +78,9 @@ VARIANTS = {
 }
 ABLATIONS = {
     "ours, dense head": Variant(flags=["--dense_head"], dense=True),
+    "ours, last layer whole": Variant(
+        patches=[lambda script: setattr(script, "find_selection", lambda *args: "encoder")], whole_layers=True
+    ),
     "ours, stock collator": Variant(changes=[stock_collator]),
     "ours, 2 data workers": Variant(backends="torch", flags=["--dataloader_num_workers", "2"]),
     "ours, torch.compile": Variant(backends="torch", flags=["--torch_compile"]),
@@ -364,22 +369,24 @@ class Bench:
 
     def share_of_peak(self, backend, name, seconds):
         """Return the columns about floating-point operations; see the top of this file."""
-        flop = self.flop_per_step(ALL[name].dense)
+        flop = self.flop_per_step(ALL[name])
         row = {"GFLOP a step": f"{flop / 1e9:,.0f}", "GFLOP/s": f"{flop / seconds / 1e9:,.0f}"}
         rates = self.peak_rates(backend)
         if rates and ALL[name].bf16 is None:
             row["share of peak"] = f"{flop / seconds / max(rates.values()):.0%}"
         return row
 
-    def flop_per_step(self, dense):
+    def flop_per_step(self, variant):
         """Return the floating-point operations of a training step; the formula is at the top of this file."""
         shape = material.SHAPES[self.args.shape]
         layers, hidden, inner = (shape[name] for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
         tokens = self.batch * self.length
-        positions = tokens if dense else 0.15 * tokens
+        positions = tokens if variant.dense else 0.15 * tokens
+        whole = variant.dense or variant.whole_layers
         encoder = 6 * tokens * layers * (4 * hidden**2 + 2 * hidden * inner)
         attention = 12 * tokens * layers * self.length * hidden
-        return encoder + attention + 6 * positions * (hidden**2 + hidden * material.VOCABULARY)
+        left_out = 0 if whole else 6 * (tokens - positions) * (hidden**2 + 2 * hidden * inner)
+        return encoder - left_out + attention + 6 * positions * (hidden**2 + hidden * material.VOCABULARY)
 
     def peak_rates(self, backend):
         """Return {shape: FLOP/s} of the timed matrix products."""
