@@ -1097,21 +1097,36 @@ def cross_entropy(logits, targets, weights=None, label_smoothing=0.0):
     The target has probability 1 - label_smoothing, the other tokens share the rest; what no model can undercut is
     subtracted, so that the best loss is 0 (Flax, examples/lm1b). Computed without a one-hot or log-probability array.
     """
-    vocab_size = logits.shape[-1]
     logits = logits.astype(jnp.float32)
-    log_total = jax.nn.logsumexp(logits, -1)
-    # A comparison, as its gradient is fused with that of logsumexp where a gather's is an array of its own.
-    is_target = jnp.arange(vocab_size) == targets[..., None]
-    target_log_probs = jnp.where(is_target, logits, 0).sum(-1) - log_total
-    loss = -target_log_probs
+    loss = negative_log_likelihood(logits, targets)
     if label_smoothing > 0:
-        confidence, low = 1.0 - label_smoothing, label_smoothing / (vocab_size - 1)
+        confidence, low = 1.0 - label_smoothing, label_smoothing / (logits.shape[-1] - 1)
         floor = -(confidence * math.log(confidence) + label_smoothing * math.log(low))
-        other_log_probs = logits.sum(-1) - vocab_size * log_total - target_log_probs
-        loss = -(confidence * target_log_probs + low * other_log_probs) - floor
+        others = -jax.nn.log_softmax(logits).sum(-1) - loss
+        loss = confidence * loss + low * others - floor
     if weights is None:
         return loss.sum(), np.prod(targets.shape)
     return (loss * weights).sum(), weights.sum()
+
+
+def negative_log_likelihood(logits, targets):
+    """Return -log softmax(logits)[targets]: [...] for `logits: [..., V]`; its gradient is one pass over the logits."""
+
+    @jax.custom_vjp
+    def likelihood(logits):
+        return forward(logits)[0]
+
+    def forward(logits):
+        log_total = jax.nn.logsumexp(logits, -1)
+        return log_total - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0], (logits, log_total)
+
+    def backward(residuals, gradient):
+        logits, log_total = residuals
+        is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+        return ((jnp.exp(logits - log_total[..., None]) - is_target) * gradient[..., None],)
+
+    likelihood.defvjp(forward, backward)
+    return likelihood(logits)
 
 
 def mean_metrics(loss, hits, count):
@@ -1703,7 +1718,9 @@ def create_training_state(run, checkpoint):
             saved = serialization.from_bytes((optimizer.opt_state, jax.random.key_data(dropout_rngs)), file.read())
         optimizer = optimizer.replace(step=run.step, opt_state=saved[0])
         dropout_rngs = jax.random.wrap_key_data(saved[1], impl="rbg")
-    return jax_utils.replicate(optimizer), dropout_rngs
+    optimizer = jax_utils.replicate(optimizer, axis_name="batch")
+    # Laid out as the step returns them, or its second call would compile anew.
+    return optimizer, jax.device_put(dropout_rngs, optimizer.step.sharding)
 
 
 def is_due(run, strategy, interval):
@@ -1916,7 +1933,7 @@ def main(argv=None):
         save_results(run, "train", train_metrics)
         metrics |= train_metrics
     else:
-        params = jax_utils.replicate(take_params(model))
+        params = jax_utils.replicate(take_params(model), axis_name="batch")
     if training_args.do_eval:
         eval_metrics = evaluate(run, params)
         save_results(run, "eval", eval_metrics)

@@ -30,6 +30,7 @@ CLOSURES = {
     *("read_json_config.unique", "exit_on_user_error.wrapped", "labelled_positions_only.select_inputs"),
     *("labelled_positions_only.select_outputs", "labelled_logits.intercept"),
     *("labelled_logits.keep_labelled", "training_step.micro_loss", "training_step.accumulate"),
+    *(f"negative_log_likelihood.{name}" for name in ("likelihood", "forward", "backward")),
     *("create_learning_rate_scheduler.cosine", "create_learning_rate_scheduler.schedule", "resize_vocabulary.fit"),
 }
 BANNER = re.compile(r"^# -+\n# (\d+\. .+)\n# -+$", re.MULTILINE)
