@@ -34,6 +34,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Optional
@@ -46,6 +47,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 import transformers
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session, reset_sessions
+from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 from transformers import (
     CONFIG_MAPPING,
@@ -81,9 +85,13 @@ MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits are usually "no limit", and
 IGNORED_LABEL = -100
 FOREIGN_FILE = "optimizer.msgpack"  # In a checkpoint of the other script.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+HUB_FIX = "a local folder works without the hub"
+WEIGHTS_FIX = "whole weights that belong to the configuration are needed"
+RESIZE_FIX = "name the model's own in --tokenizer_name"
 DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none leaves this much.
 UNFINISHED = ".unfinished"  # Where a checkpoint or a model is written before it is renamed into place.
 EVAL_EPOCH = 2**63  # No training epoch: evaluation draws its own masks, the same ones every time.
+MAX_LISTED = 100  # Sample indices in an error message.
 LENGTH_WINDOW = 50  # Batches sorted by length together: enough for like lengths, few enough to stay random.
 
 
@@ -187,9 +195,13 @@ class TrainingArguments(transformers.TrainingArguments):
     per_device_eval_batch_size: int = HfArg(
         default=8, help="Evaluation batch of one device.", aliases=["--eval_batch_size"]
     )
+    report_to: Optional[list[str]] = HfArg(default=None, help="Where to log: tensorboard, wandb, none, ...")
+    debug: bool = HfArg(default=False, help="Show the traceback of an error.")
 
     def __post_init__(self):
         output_dir = self.output_dir
+        self.debug = ""  # The Trainer's argument of this name is another one.
+        self.logging_nan_inf_filter = False  # It would hide what ends our runs.
         self.use_cpu |= not (torch.accelerator.is_available() or is_torch_xla_available())  # Allows --bf16 there.
         if self.fp16 and self.use_cpu:
             raise UserError("--fp16 needs a GPU; on a CPU give --bf16")
@@ -204,11 +216,22 @@ class TrainingArguments(transformers.TrainingArguments):
         """Samples of one optimizer step in all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
 
+    @property
+    def writes_results(self):
+        """Whether this process writes to `output_dir`."""
+        return (self.do_train or self.do_eval) and self.process_index == 0
+
+    def __getstate__(self):
+        # The Trainer pickles its arguments into `training_args.bin`, beside the model that is shared with others.
+        return {**vars(self), "hub_token": None, "push_to_hub_token": None}
+
 
 class ArgumentParser(HfArgumentParser):
     """An `HfArgumentParser` that raises `UserError` instead of printing its usage."""
 
     def error(self, message):
+        if "--use_auth_token" in message:
+            message = "--use_auth_token is true or false; a token goes with --token"  # Never shown.
         raise UserError(message)
 
 
@@ -218,10 +241,22 @@ def build_parser():
     return ArgumentParser(groups, allow_abbrev=False, description=__doc__.splitlines()[0])
 
 
+def argument_names():
+    """Return the names of all arguments, as a JSON file writes them."""
+    items = [item for group in (ModelArguments, DataTrainingArguments, TrainingArguments) for item in fields(group)]
+    names = [name for item in items for name in (item.name, *item.metadata.get("aliases", ()))]
+    return [name.lstrip("-") for name in names] + [f"no_{item.name}" for item in items if item.default is True]
+
+
+def foreign_argument_names():
+    """Return the names of the arguments that `run_mlm_flax.py` alone reads."""
+    return []
+
+
 def read_json_config(path):
     """Return the flags that a JSON object of settings stands for; `null` leaves a setting at its default.
 
-    Raises `UserError` for a file that cannot be read, is not an object, or names a key twice.
+    Raises `UserError` for a file that cannot be read, is not an object, names a key twice or one that there is not.
     """
 
     def unique(pairs):
@@ -240,15 +275,25 @@ def read_json_config(path):
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; mend the JSON") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; it must be an object of settings") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: holds a JSON {type(settings).__name__}; it must be an object of settings")
     flags = []
     for key, value in settings.items():
+        if key.replace("-", "_") not in argument_names():
+            raise UserError(f"{path}: {unknown_argument_message(f'--{key}')}")
         if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
+            flags += [f"--{key}", *map(str, value or ["none"] * (key == "report_to"))]
         elif value is not None:
             flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
     return flags
+
+
+def expand_flags(argv=None):
+    """Return the command line as a list of strings (default: that of this process), a JSON file at its start read."""
+    argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
+    return read_json_config(argv[0]) + argv[1:] if argv and argv[0].endswith(".json") else argv
 
 
 def parse_args(argv=None):
@@ -256,18 +301,16 @@ def parse_args(argv=None):
 
     `argv` is a list of strings (default: the command line). Raises `UserError` for anything not understood.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = expand_flags(argv)
     parser = build_parser()
-    if argv and argv[0].endswith(".json"):
-        argv = read_json_config(argv[0]) + argv[1:]
     try:
         *groups, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except UserError:
         raise
-    except (ValueError, ImportError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except Exception as error:  # The Trainer's arguments raise many kinds.
+        raise UserError(f"{error or type(error).__name__}") from error
     if unknown:
         raise UserError(unknown_argument_message(unknown[0]))
     check_args(*groups)
@@ -277,10 +320,9 @@ def parse_args(argv=None):
 def unknown_argument_message(argument):
     """Return the error line for an argument that no group has, with the closest name that one has."""
     name = argument.lstrip("-").split("=")[0]
-    known = [
-        item.name for group in (ModelArguments, DataTrainingArguments, TrainingArguments) for item in fields(group)
-    ]
-    closest = difflib.get_close_matches(name, known, n=1)
+    if name in foreign_argument_names():
+        return f"{name} is an argument of run_mlm.py alone; leave it out here"
+    closest = difflib.get_close_matches(name, argument_names(), n=1)
     hint = f"did you mean {closest[0]}?" if closest else "--help lists all flags"
     return (
         f"{name} is not an argument of this script; {hint}"
@@ -300,8 +342,7 @@ def check_args(model_args, data_args, training_args):
     if model_args.model_name_or_path and model_args.config_overrides:
         raise UserError("--config_overrides is for new models; leave it out together with --model_name_or_path")
     if model_args.model_type and model_args.model_type not in MODEL_TYPES:
-        closest = difflib.get_close_matches(model_args.model_type, MODEL_TYPES, n=3) or MODEL_TYPES
-        raise UserError(f"--model_type {model_args.model_type} is unknown here; known: {', '.join(closest)}")
+        check_model_type(f"--model_type {model_args.model_type}", model_args.model_type)
     if not (data_args.dataset_name or data_args.train_file or data_args.validation_file):
         raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
     if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
@@ -316,19 +357,37 @@ def check_args(model_args, data_args, training_args):
             raise UserError(f"--{reference} goes with --{text} and --line_by_line true")
 
 
+def check_model_type(subject, model_type):
+    """Raise `UserError`, with the architectures that there are, for one that has no masked-LM model in this script."""
+    if model_type in MODEL_TYPES:
+        return
+    closest = difflib.get_close_matches(model_type, MODEL_TYPES, n=3)
+    if model_type in CONFIG_MAPPING or not closest:
+        raise UserError(f"{subject}: no masked-LM model of type {model_type!r} here; known: {', '.join(MODEL_TYPES)}")
+    raise UserError(f"{subject}: {model_type!r} is unknown; did you mean {' or '.join(closest)}?")
+
+
 def check_ranges(model_args, data_args, training_args):
     """Raise `UserError` for the first number that is out of its range."""
-    positive = "train_batch_size eval_batch_size gradient_accumulation_steps logging_steps".split()
+    settings = {name: value for group in (model_args, data_args, training_args) for name, value in vars(group).items()}
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value} must be a finite number")
+    positive = "train_batch_size eval_batch_size gradient_accumulation_steps logging_steps eval_steps save_steps".split()
+    positive += ["per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit", "max_seq_length"]
+    positive += ["max_train_samples", "max_val_samples", "preprocessing_num_workers", "adam_epsilon"]
     positive += [] if training_args.max_steps > 0 else ["num_train_epochs"]
     for name in positive:
-        if getattr(training_args, name) <= 0:
-            raise UserError(f"--{name} {getattr(training_args, name)} must be above 0")
-    for name in "learning_rate warmup_steps weight_decay".split():
-        if getattr(training_args, name) < 0:
-            raise UserError(f"--{name} {getattr(training_args, name)} must not be below 0")
-    for name in "max_train_samples max_val_samples preprocessing_num_workers".split():
-        if getattr(data_args, name) is not None and getattr(data_args, name) <= 0:
-            raise UserError(f"--{name} {getattr(data_args, name)} must be above 0")
+        if settings.get(name) is not None and settings[name] <= 0:
+            raise UserError(f"--{name} {settings[name]} must be above 0")
+    for name in "learning_rate warmup_steps weight_decay max_grad_norm".split():
+        if settings[name] < 0:
+            raise UserError(f"--{name} {settings[name]} must not be below 0")
+    for name in "adam_beta1 adam_beta2".split():
+        if not 0 <= settings[name] < 1:
+            raise UserError(f"--{name} {settings[name]} must be from 0 to below 1")
+    if training_args.max_steps == 0 or training_args.max_steps < -1:
+        raise UserError(f"--max_steps {training_args.max_steps} must be above 0, or -1 for --num_train_epochs")
     if not 0 <= training_args.label_smoothing_factor < 1:
         raise UserError(f"--label_smoothing_factor {training_args.label_smoothing_factor} must be from 0 to below 1")
     if model_args.dropout_rate is not None and not 0 <= model_args.dropout_rate < 1:
@@ -338,14 +397,14 @@ def check_ranges(model_args, data_args, training_args):
 
 
 def exit_on_user_error(main):
-    """Decorate `main` to print a `UserError` as one line on stderr and exit with status 2 (MLM_DEBUG=1: traceback)."""
+    """Decorate `main` to print a `UserError` as one line on stderr and exit with status 2 (`--debug`: traceback)."""
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs):
+    def wrapped(argv=None):
         try:
-            return main(*args, **kwargs)
+            return main(argv)
         except UserError as error:
-            if os.environ.get("MLM_DEBUG") == "1":
+            if wants_traceback(argv):
                 raise
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from None
@@ -353,21 +412,101 @@ def exit_on_user_error(main):
     return wrapped
 
 
+def wants_traceback(argv):
+    """Return whether `--debug` or MLM_DEBUG=1 asks for the traceback of an error."""
+    with contextlib.suppress(UserError):
+        argv = expand_flags(argv)
+    asked = re.search(r"(^|\s)--debug([\s=]true)?(\s--|$)", " ".join(map(str, argv or [])), re.IGNORECASE)
+    return bool(asked) or os.environ.get("MLM_DEBUG") == "1"
+
+
 @contextlib.contextmanager
-def user_errors(subject):
-    """Within, what the libraries raise for a wrong name or a broken file is a `UserError` about `subject`."""
+def user_errors(subject, fix=""):
+    """Within, whatever the libraries raise for a wrong name or a broken file is a `UserError` about `subject`."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, ArithmeticError, ImportError, LookupError, StopIteration, TypeError, ValueError) as error:
-        raise UserError(f"{subject}: {error.__cause__ or error or type(error).__name__}") from error
-    except datasets.exceptions.DatasetsError as error:
-        raise UserError(f"{subject}: {error.__cause__ or error}") from error
+    except Exception as error:
+        cause = str(error.__cause__ or error).strip() or type(error).__name__
+        raise UserError(f"{subject}: {cause}{fix and '; '}{fix}") from error
+
+
+def check_inputs(model_args, data_args):
+    """Raise `UserError` for files and folders that cannot be what their flag says, before anything is loaded."""
+    for split in ("train", "validation"):
+        name = getattr(data_args, f"{split}_file")
+        if name and not data_args.dataset_name:
+            check_data_file(f"--{split}_file", name)
+        references = getattr(data_args, f"{split}_ref_file")
+        if references and not os.path.isfile(references):
+            raise UserError(f"--{split}_ref_file {references}: no such file")
+    names = {flag: getattr(model_args, flag) for flag in ("model_name_or_path", "config_name", "tokenizer_name")}
+    for flag, name in names.items():
+        if name and os.path.isdir(name):
+            check_model_folder(flag, name, names)
+        elif name and not os.path.exists(name) and name.startswith((".", "/", "~")) and ".ckpt" not in name:
+            raise UserError(f"--{flag} {name}: no such folder")
+    check_hub([name for name in (*names.values(), data_args.dataset_name) if name and not os.path.exists(name)])
+
+
+def check_data_file(flag, name):
+    """Raise `UserError` where a data file is missing, a folder, empty, or of no known format."""
+    if os.path.isdir(name):
+        raise UserError(f"{flag} {name} is a folder; name its files, as in '{os.path.join(name, '*.txt')}'")
+    files = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+    with user_errors(flag):
+        file_format(name, files)
+    for file in files:
+        if os.path.getsize(file) == 0:
+            raise UserError(f"{flag} {file} is empty; give a file with text")
+
+
+def check_model_folder(flag, folder, names):
+    """Raise `UserError` where a model folder lacks its configuration or weights, or holds broken ones."""
+    subject, found = f"--{flag} {folder}", sorted(os.listdir(folder))
+    if flag == "config_name" or (flag == "model_name_or_path" and not names["config_name"]):
+        path = os.path.join(folder, "config.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                settings = json.load(file)
+        except OSError:
+            raise UserError(f"{subject} holds no config.json; name a folder that save_pretrained wrote") from None
+        except ValueError as error:
+            raise UserError(f"{subject}: config.json is corrupt ({error}); copy it anew") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"{subject}: config.json holds no JSON object; copy it anew")
+    if flag != "model_name_or_path":
+        return
+    weights = re.compile(r"(model|pytorch_model|flax_model)\S*\.(safetensors|bin|msgpack)|model\.ckpt\S*")
+    if not any(weights.fullmatch(name) for name in found):
+        raise UserError(f"{subject} holds no weights (model.safetensors); for new ones give --config_name {folder}")
+    for name in found:
+        if name.endswith(".safetensors"):
+            with user_errors(f"{subject}: {name} is corrupt", "copy it anew"), safe_open(f"{folder}/{name}", "numpy"):
+                pass
+
+
+def check_hub(names):
+    """Where the hub cannot be reached, make the libraries look for these names in their caches, and nowhere else.
+
+    They would ask for each file of each name six times, for minutes.
+    """
+    if not names or constants.HF_HUB_OFFLINE:
+        return
+    for attempt in range(2):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+            return
+        except OSError as error:
+            logger.info(f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}).")
+            time.sleep(1 - attempt)
+    constants.HF_HUB_OFFLINE = True
+    reset_sessions()
 
 
 def prepare_output_dir(training_args):
-    """Return the checkpoint folder to resume from, or None to start anew; the log says which.
+    """Return the checkpoint folder to resume from, or None to start anew.
 
     Raises `UserError` when training would write over results that are not a checkpoint's, unless told to.
     """
@@ -384,11 +523,9 @@ def prepare_output_dir(training_args):
         others = [os.path.realpath(path) for _, path in list_checkpoints(folder)] if os.path.isdir(folder) else []
         if os.path.realpath(named) in others[:-1]:
             raise UserError(f"--resume_from_checkpoint {named}: {others[-1]} is newer; name another --output_dir")
-        logger.info(f"Resuming from {named}.")
         return named
     content = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     if training_args.overwrite_output_dir or content <= {UNFINISHED, "logs", "runs"}:
-        logger.info(f"Starting anew in {folder}.")
         return None
     checkpoint = find_checkpoint(folder)
     if checkpoint is None:
@@ -396,7 +533,6 @@ def prepare_output_dir(training_args):
             f"--output_dir {folder} is not empty and holds no checkpoint; name another folder, "
             "or write over it with --overwrite_output_dir"
         )
-    logger.info(f"Resuming from {checkpoint}; --overwrite_output_dir or another --output_dir starts anew.")
     return checkpoint
 
 
@@ -410,7 +546,7 @@ def load_raw_datasets(model_args, data_args):
     Raises `UserError` for files that do not exist or have no known format.
     """
     if data_args.dataset_name:
-        with user_errors(f"--dataset_name {data_args.dataset_name}"):
+        with user_errors(f"--dataset_name {data_args.dataset_name}", HUB_FIX):
             raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **model_args.hub_options)
     else:
         named = {"train": data_args.train_file, "validation": data_args.validation_file}
@@ -420,11 +556,13 @@ def load_raw_datasets(model_args, data_args):
         formats = {split: file_format(named[split], files[split]) for split in files}
         raw = {}
         for split in files:
-            with user_errors(f"--{split}_file {named[split]}"):
+            with data_errors(f"--{split}_file {named[split]}", files[split]):
                 raw[split] = datasets.load_dataset(
                     formats[split], data_files={split: files[split]}, split=split, **model_args.hub_options
                 )
     raw = {split: raw[split] for split in ("train", "validation") if split in raw}
+    for split, dataset in raw.items():
+        check_texts(split, dataset, data_args)
     for split, references in (("train", data_args.train_ref_file), ("validation", data_args.validation_ref_file)):
         if references:
             raw[split] = add_word_references(raw[split], references)
@@ -560,6 +698,70 @@ def word_flags(positions, length):
     return flags
 
 
+@contextlib.contextmanager
+def data_errors(subject, files):
+    """Within, an error of reading data files is a `UserError` that says in which file and where."""
+    try:
+        with user_errors(subject):
+            yield
+    except UserError as error:
+        for file in files:
+            fault = find_fault(file)
+            if fault:
+                raise UserError(f"{subject}: {file}{fault}") from error
+        raise
+
+
+def find_fault(path):
+    """Return what is wrong with a text file, "" where that is not found: a byte that is not UTF-8, no text, bad JSON."""
+    extension, blank, offset = os.path.splitext(path)[1].lower(), True, 0
+    if extension not in (".txt", ".csv", ".json", ".jsonl"):
+        return ""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                blank = not line.decode("utf-8-sig").strip() and blank
+            except UnicodeDecodeError as error:
+                return f", line {number}: byte {offset + error.start} is not UTF-8; save the file as UTF-8"
+            offset += len(line)
+    if blank:
+        return " holds only blank lines; give a file with text"
+    return find_json_fault(path) if extension in (".json", ".jsonl") else ""
+
+
+def find_json_fault(path):
+    """Return the first place where a file is neither JSON lines nor one JSON document, "" where there is none."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                value = json.loads(line) if line.strip() else {}
+                if number == 1 and isinstance(value, list):
+                    return ""  # One document in one line.
+                if not isinstance(value, dict):
+                    return f', line {number}: {line.strip()[:40]} is no object such as {{"text": "..."}}'
+            except (ValueError, RecursionError) as error:
+                if number == 1:  # Perhaps a document of many lines.
+                    file.seek(0)
+                    try:
+                        json.load(file)
+                        return ""
+                    except (ValueError, RecursionError) as whole:
+                        error = whole
+                number, column = getattr(error, "lineno", 1) + number - 1, getattr(error, "colno", 1)
+                return f", line {number}, column {column}: {getattr(error, 'msg', error)}; mend the JSON"
+    return ""
+
+
+def check_texts(split, dataset, data_args):
+    """Raise `UserError` for the first row of a split that holds null, a number or an object where a text should be."""
+    column = find_text_column(dataset, data_args.text_column_name)
+    if dataset.data.column(column).null_count:
+        row = next(number for number, text in enumerate(dataset[column], 1) if text is None)
+        raise UserError(
+            f"row {row} of the {split} data has nothing (null) in the column {column}; fill it in, or leave the row out"
+        )
+
+
 def find_text_column(dataset, wanted):
     """Return the name of the text column; raises `UserError` when it is not there or holds no text."""
     names = [name for name in dataset.column_names if name != "continues_word"]
@@ -568,7 +770,8 @@ def find_text_column(dataset, wanted):
         raise UserError(f"--text_column_name {column} is not a column of the data; there are: {', '.join(names)}")
     kind = dataset.features[column]
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise UserError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
+        row, value = next((i, value) for i, value in enumerate(dataset[column], 1) if not isinstance(value, str))
+        raise UserError(f"row {row}: the column {column} holds {value!r:.40}, not text; see --text_column_name")
     return column
 
 
@@ -795,17 +998,18 @@ def load_config(model_args):
     """Return the model configuration: by name, or of a new model, with the overrides and the dropout asked for."""
     name = model_args.config_name or model_args.model_name_or_path
     if name:
-        with user_errors(f"the configuration of {name}"):
-            config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **model_args.hub_options)
+        subject = f"--{'config_name' if model_args.config_name else 'model_name_or_path'} {name}"
+        options = {"revision": model_args.model_revision, "trust_remote_code": False}
+        with user_errors(subject, HUB_FIX):
+            config = AutoConfig.from_pretrained(name, **options, **model_args.hub_options)
+        check_model_type(subject, config.model_type)
+        if model_args.model_type not in (None, config.model_type):
+            raise UserError(f"--model_type {model_args.model_type}: {subject} is {config.model_type}; leave one of them out")
     else:
         config = CONFIG_MAPPING[model_args.model_type]()
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(f"{name} is a {config.model_type} model, which has no masked-LM head here; see --model_type")
     if model_args.config_overrides:
-        try:
+        with user_errors(f"--config_overrides {model_args.config_overrides}", "write name=value,name=value"):
             config.update_from_string(model_args.config_overrides)
-        except ValueError as error:
-            raise UserError(f"--config_overrides {model_args.config_overrides}: {error}") from error
     if model_args.dropout_rate is not None:
         for key, value in config.to_dict().items():
             if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -816,11 +1020,12 @@ def load_config(model_args):
 def load_tokenizer(model_args):
     """Return the tokenizer; raises `UserError` when it has no mask token."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
+    subject = f"--{'tokenizer_name' if model_args.tokenizer_name else 'model_name_or_path'} {name}"
     options = {"use_fast": model_args.use_fast_tokenizer, "revision": model_args.model_revision}
-    with user_errors(f"the tokenizer {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options, **model_args.hub_options)
+    with user_errors(f"{subject} (tokenizer)", HUB_FIX):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options, **model_args.hub_options)
     if tokenizer.mask_token is None:
-        raise UserError(f"the tokenizer {name} has no mask token, which masked-language modelling needs")
+        raise UserError(f"{subject}: its tokenizer has no mask token; name one that has in --tokenizer_name")
     return tokenizer
 
 
@@ -842,13 +1047,14 @@ def load_model(model_args, config, tokenizer):
         fit_config(config, tokenizer)
         with user_errors(f"--config_overrides {model_args.config_overrides}"):
             return AutoModelForMaskedLM.from_config(config)
-    with user_errors(f"--model_name_or_path {name}"):
+    with user_errors(f"--model_name_or_path {name}", WEIGHTS_FIX):
         if ".ckpt" in name:
             model = load_tensorflow_model(name, config)
         else:
-            options = {"config": config, "revision": model_args.model_revision}
+            options = {"config": config, "revision": model_args.model_revision, "trust_remote_code": False}
             model = AutoModelForMaskedLM.from_pretrained(name, **options, **model_args.hub_options)
-    resize_vocabulary(model, len(tokenizer))
+    with user_errors(f"--model_name_or_path {name} cannot take a tokenizer of {len(tokenizer)} tokens", RESIZE_FIX):
+        resize_vocabulary(model, len(tokenizer))
     return model
 
 
@@ -888,6 +1094,8 @@ def resize_vocabulary(model, size):
     layers = {
         id(layer.weight): layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer
     }
+    if any(len(layer.weight) != size for layer in layers.values()) or model.get_output_embeddings() is None:
+        raise ValueError("its head has a vocabulary of its own")
     with torch.no_grad():
         for layer in layers.values():
             layer.weight[old_size:] = layer.weight[:old_size].mean(dim=0)
@@ -1345,12 +1553,20 @@ def setup_logging(training_args):
     transformers.utils.logging.get_logger("transformers.trainer").setLevel(level)
 
 
-def check_samples(tokenized, training_args, max_seq_length):
-    """Raise `UserError` when a split that is asked for holds no sample, or not enough for one step."""
+def check_samples(raw_datasets, tokenized, tokenizer, training_args, max_seq_length):
+    """Raise `UserError` when a split that is asked for holds nothing to learn from, or not enough for one step."""
     for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
-        if wanted and not len(tokenized.get(split, ())):
+        if not wanted:
+            continue
+        if split not in tokenized:
+            raise UserError(f"--do_{'train' if split == 'train' else 'eval'}: the data set has no {split} split")
+        if len(tokenized[split]) == 0:
+            texts = [text for column in raw_datasets[split].column_names]
+        tokens = (values for values, _ in tokenized[split].columns["input_ids"])
+        if all(np.isin(values, tokenizer.all_special_ids).all() for values in tokens):
             raise UserError(
-                f"the {split} split holds no sample: give more text, or lower --max_seq_length (now {max_seq_length})"
+                f"no token of the {split} data can be masked: the tokenizer makes special tokens alone, such as "
+                f"{tokenizer.unk_token}, of it; name one for this text in --tokenizer_name"
             )
     samples, step_samples = len(tokenized.get("train", ())), training_args.step_samples
     if training_args.do_train and training_args.dataloader_drop_last and samples < step_samples:
