@@ -396,7 +396,7 @@ def test_references_flag_the_positions_they_list(script, tokenizer, tmp_path):
         validation_ref_file=write_references(tmp_path / "validation.ref", [[1]]),
         line_by_line="true",
     )
-    assert word_flags(tokenized["train"]) == [[2, 4], [3, LENGTH - 1], []]
+    assert word_flags(tokenized["train"]) == [[2, 4], [3], []]  # At LENGTH - 1 is now [SEP].
     assert word_flags(tokenized["validation"]) == [[1]]
     for dataset in tokenized.values():
         for i in range(len(dataset)):

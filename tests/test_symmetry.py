@@ -19,6 +19,7 @@ DIFFERENT = {
         "train",
         "evaluate",
         "save_model",
+        "batch_padding",
         "save_results",
         "show_guesses",
         "summarize",
