@@ -96,6 +96,7 @@ SPACE_MARKS = ("▁", "Ġ", " ")  # How vocabularies write the space before a wo
 IGNORED_LABEL = -100
 FOREIGN_FILE = "optimizer.msgpack"  # In a checkpoint of the other script.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_FIX = "resume from another checkpoint"
 HUB_FIX = "a local folder works without the hub"
 WEIGHTS_FIX = "whole weights that belong to the configuration are needed"
 RESIZE_FIX = "name the model's own in --tokenizer_name"
@@ -878,7 +879,7 @@ def data_errors(subject, files):
 
 
 def find_fault(path):
-    """Return what is wrong with a text file, "" where that is not found: a byte that is not UTF-8, no text, bad JSON."""
+    """Return what is wrong with a text file, "" where that is not found: bytes not UTF-8, no text, bad JSON."""
     extension, blank, offset = os.path.splitext(path)[1].lower(), True, 0
     if extension not in (".txt", ".csv", ".json", ".jsonl"):
         return ""
@@ -898,23 +899,26 @@ def find_json_fault(path):
     """Return the first place where a file is neither JSON lines nor one JSON document, "" where there is none."""
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
-            try:
-                value = json.loads(line) if line.strip() else {}
-                if number == 1 and isinstance(value, list):
-                    return ""  # One document in one line.
-                if not isinstance(value, dict):
-                    return f', line {number}: {line.strip()[:40]} is no object such as {{"text": "..."}}'
-            except (ValueError, RecursionError) as error:
-                if number == 1:  # Perhaps a document of many lines.
-                    file.seek(0)
-                    try:
-                        json.load(file)
-                        return ""
-                    except (ValueError, RecursionError) as whole:
-                        error = whole
-                number, column = getattr(error, "lineno", 1) + number - 1, getattr(error, "colno", 1)
-                return f", line {number}, column {column}: {getattr(error, 'msg', error)}; mend the JSON"
+            value, error = parse_json(line.strip() or "{}")
+            if number == 1 and error:
+                file.seek(0)
+                _, error = parse_json(file.read())
+            if number == 1 and (isinstance(value, list) or value is error is None):
+                return ""  # One document.
+            if error:
+                place = f"line {number + getattr(error, 'lineno', 1) - 1}, column {getattr(error, 'colno', 1)}"
+                return f", {place}: {getattr(error, 'msg', error)}; mend the JSON"
+            if not isinstance(value, dict):
+                return f', line {number}: {line.strip()[:40]} is no object such as {{"text": "..."}}'
     return ""
+
+
+def parse_json(text):
+    """Return (value, None), or (None, error) for text that is not JSON."""
+    try:
+        return json.loads(text), None
+    except (ValueError, RecursionError) as error:
+        return None, error
 
 
 def check_texts(raw_datasets, data_args):
@@ -1571,6 +1575,44 @@ class MaskedLMTrainer(Trainer):
                 logs[name] = round(logs[name] * (1 - self.first_step / self.state.max_steps), 3)
         super().log(logs, *args, **kwargs)
 
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Return the loss of a micro-batch; raises `UserError` before the step is made where it is not finite."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        # Waits for the device, as the Trainer's own look at the loss does by default; like that, not on a TPU.
+        if not (is_torch_xla_available() or torch.isfinite(loss)):
+            self.stop_training(f"the loss is {loss.item()}", self.state.global_step)
+        return loss
+
+    def stop_training(self, reason, step):
+        """Raise a `UserError` for numbers that are not finite; `step` counts from 0."""
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        samples = samples_of_step(self.train_dataset, self.args, seed, step)
+        raise UserError(not_finite_message(reason, step + 1, self._get_learning_rate(), samples))
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """Write the model; raises `UserError` where a weight is not finite."""
+        step, finite = self.state.global_step, [weight.isfinite().all() for weight in self.model.parameters()]
+        if step and not torch.stack(finite).all():
+            self.stop_training("a weight is not finite", step - 1)
+        super().save_model(output_dir, _internal_call)
+
+    def create_optimizer_and_scheduler(self, num_training_steps):
+        """Set both up; raises `UserError` for what is not installed here."""
+        with user_errors(f"--optim {self.args.optim}, --lr_scheduler_type {self.args.lr_scheduler_type}"):
+            super().create_optimizer_and_scheduler(num_training_steps)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with user_errors(f"the model in {resume_from_checkpoint}", CHECKPOINT_FIX):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with user_errors(f"the optimizer state in {checkpoint}", CHECKPOINT_FIX):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with user_errors(f"the random state in {checkpoint}", CHECKPOINT_FIX):
+            super()._load_rng_state(checkpoint)
+
     def _save_checkpoint(self, model, trial):
         # Written beside and renamed: a folder named checkpoint-N is whole at any moment.
         folder = self.args.output_dir
@@ -1683,6 +1725,25 @@ def masked_lm_metrics(prediction):
     """Return {"loss", "accuracy", "perplexity"}: means over all masked tokens, for the sums of `prediction_step`."""
     loss, hits = prediction.predictions.sum(axis=0, dtype=np.float64)
     return mean_metrics(loss, hits, prediction.label_ids.sum())
+
+
+def samples_of_step(dataset, args, seed, step):
+    """Return the indices of the samples of an optimizer step, which counts from 0: int64 [S]."""
+    size = args.step_samples
+    if isinstance(dataset, StreamedDataset):
+        return np.arange(step * size, (step + 1) * size)  # Places in the stream.
+    steps_per_epoch = len(dataset) // size if args.dataloader_drop_last else math.ceil(len(dataset) / size)
+    epoch, position = divmod(step, steps_per_epoch)
+    return epoch_order(dataset, args, seed, epoch)[position * size : (position + 1) * size]
+
+
+def not_finite_message(reason, step, learning_rate, samples):
+    """Return the error line for a step whose numbers are not finite."""
+    listed = ", ".join(map(str, samples[:MAX_LISTED])) + (", ..." if len(samples) > MAX_LISTED else "")
+    return (
+        f"{reason} at step {step} (learning rate {learning_rate:.3g}, training samples {listed}): lower "
+        "--learning_rate, or look at these samples; the checkpoints are of earlier steps"
+    )
 
 
 def mean_metrics(loss, hits, count):

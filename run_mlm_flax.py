@@ -45,6 +45,11 @@ from typing import Any, Optional
 if __name__ == "__main__":
     os.environ.setdefault("USE_TORCH", "0")  # As a program: start without importing a PyTorch that is not used.
 
+try:
+    import fcntl
+except ImportError:  # There is none on Windows.
+    fcntl = None
+
 import datasets
 import jax
 import jax.numpy as jnp
@@ -56,7 +61,10 @@ from flax import jax_utils, serialization
 from flax import linen as nn
 from flax.training import train_state
 from flax.traverse_util import flatten_dict, unflatten_dict
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session, reset_sessions
 from jax import lax
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import (
@@ -103,9 +111,14 @@ SPACE_MARKS = ("▁", "Ġ", " ")  # How vocabularies write the space before a wo
 IGNORED_LABEL = -100
 FOREIGN_FILE = "optimizer.pt"  # In a checkpoint of the other script.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_FIX = "resume from another checkpoint"
+HUB_FIX = "a local folder works without the hub"
+WEIGHTS_FIX = "whole weights that belong to the configuration are needed"
+RESIZE_FIX = "name the model's own in --tokenizer_name"
 DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none leaves this much.
 UNFINISHED = ".unfinished"  # Where a checkpoint or a model is written before it is renamed into place.
 EVAL_EPOCH = 2**63  # No training epoch: evaluation draws its own masks, the same ones every time.
+MAX_LISTED = 100  # Sample indices in an error message.
 ORDER_KEYS = 2**63  # No index of a sample: the order of a block draws other numbers than masks do.
 STREAM_STATE = "stream_state.json"  # In a checkpoint: where the stream was.
 STREAM_BATCH = 256  # Texts of a stream tokenized together: enough for all cores, few enough for long texts.
@@ -262,6 +275,7 @@ class TrainingArguments:
     )
     seed: int = HfArg(default=42, help="Seed of new weights, dropout, order and masks.")
     bf16: bool = HfArg(default=False, help="Compute in bfloat16; the weights stay float32.")
+    debug: bool = HfArg(default=False, help="Show the traceback of an error.")
 
     def __post_init__(self):
         for name in ("eval_strategy", "save_strategy"):
@@ -281,11 +295,18 @@ class TrainingArguments:
         """Samples of one optimizer step on all devices."""
         return self.train_batch_size * self.gradient_accumulation_steps * jax.device_count()
 
+    @property
+    def writes_results(self):
+        """Whether this process writes to `output_dir`."""
+        return (self.do_train or self.do_eval) and self.should_log
+
 
 class ArgumentParser(HfArgumentParser):
     """An `HfArgumentParser` that raises `UserError` instead of printing its usage."""
 
     def error(self, message):
+        if "--use_auth_token" in message:
+            message = "--use_auth_token is true or false; a token goes with --token"  # Never shown.
         raise UserError(message)
 
 
@@ -295,10 +316,43 @@ def build_parser():
     return ArgumentParser(groups, allow_abbrev=False, description=__doc__.splitlines()[0])
 
 
+def argument_names():
+    """Return the names of all arguments, as a JSON file writes them."""
+    items = [item for group in (ModelArguments, DataTrainingArguments, TrainingArguments) for item in fields(group)]
+    names = [name for item in items for name in (item.name, *item.metadata.get("aliases", ()))]
+    return [name.lstrip("-") for name in names] + [f"no_{item.name}" for item in items if item.default is True]
+
+
+def foreign_argument_names():
+    """Return the names of the arguments that `run_mlm.py` alone reads."""
+    return """
+    _n_gpu accelerator_config adafactor auto_find_batch_size average_tokens_across_devices batch_eval_metrics
+    bf16_full_eval data_seed dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
+    dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
+    ddp_timeout deepspeed disable_tqdm do_predict eval_accumulation_steps eval_delay eval_do_concat_batches
+    eval_on_start eval_use_gather_object fp16 fp16_backend fp16_full_eval fp16_opt_level fsdp fsdp_config
+    fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap full_determinism gradient_checkpointing
+    gradient_checkpointing_kwargs greater_is_better half_precision_backend hub_always_push hub_model_id
+    hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip include_for_metrics
+    include_inputs_for_metrics include_num_input_tokens_seen include_tokens_per_second jit_mode_eval label_names
+    length_column_name liger_kernel_config load_best_model_at_end local_rank log_level log_level_replica
+    log_on_each_node logging_dir logging_first_step logging_nan_inf_filter logging_strategy lr_scheduler_kwargs
+    metric_for_best_model mp_parameters neftune_noise_alpha no_average_tokens_across_devices no_cuda
+    no_dataloader_pin_memory no_eval_do_concat_batches no_log_on_each_node no_logging_nan_inf_filter
+    no_remove_unused_columns no_save_safetensors no_skip_memory_metrics optim optim_args optim_target_modules
+    parallelism_config past_index per_gpu_eval_batch_size per_gpu_train_batch_size prediction_loss_only project
+    push_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token ray_scope remove_unused_columns
+    report_to restore_callback_states_from_checkpoint run_name save_on_each_node save_only_model save_safetensors
+    skip_memory_metrics tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+    torchdynamo tpu_metrics_debug tpu_num_cores trackio_space_id use_cpu use_legacy_prediction_loop use_liger_kernel
+    use_mps_device warmup_ratio
+    """.split()
+
+
 def read_json_config(path):
     """Return the flags that a JSON object of settings stands for; `null` leaves a setting at its default.
 
-    Raises `UserError` for a file that cannot be read, is not an object, or names a key twice.
+    Raises `UserError` for a file that cannot be read, is not an object, names a key twice or one that there is not.
     """
 
     def unique(pairs):
@@ -317,15 +371,25 @@ def read_json_config(path):
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; mend the JSON") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; it must be an object of settings") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: holds a JSON {type(settings).__name__}; it must be an object of settings")
     flags = []
     for key, value in settings.items():
+        if key.replace("-", "_") not in argument_names():
+            raise UserError(f"{path}: {unknown_argument_message(f'--{key}')}")
         if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
+            flags += [f"--{key}", *map(str, value or ["none"] * (key == "report_to"))]
         elif value is not None:
             flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
     return flags
+
+
+def expand_flags(argv=None):
+    """Return the command line as a list of strings (default: that of this process), a JSON file at its start read."""
+    argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
+    return read_json_config(argv[0]) + argv[1:] if argv and argv[0].endswith(".json") else argv
 
 
 def parse_args(argv=None):
@@ -333,18 +397,16 @@ def parse_args(argv=None):
 
     `argv` is a list of strings (default: the command line). Raises `UserError` for anything not understood.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = expand_flags(argv)
     parser = build_parser()
-    if argv and argv[0].endswith(".json"):
-        argv = read_json_config(argv[0]) + argv[1:]
     try:
         *groups, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except UserError:
         raise
-    except (ValueError, ImportError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except Exception as error:  # The Trainer's arguments raise many kinds.
+        raise UserError(f"{error or type(error).__name__}") from error
     if unknown:
         raise UserError(unknown_argument_message(unknown[0]))
     check_args(*groups)
@@ -354,10 +416,9 @@ def parse_args(argv=None):
 def unknown_argument_message(argument):
     """Return the error line for an argument that no group has, with the closest name that one has."""
     name = argument.lstrip("-").split("=")[0]
-    known = [
-        item.name for group in (ModelArguments, DataTrainingArguments, TrainingArguments) for item in fields(group)
-    ]
-    closest = difflib.get_close_matches(name, known, n=1)
+    if name in foreign_argument_names():
+        return f"{name} is an argument of run_mlm.py alone; leave it out here"
+    closest = difflib.get_close_matches(name, argument_names(), n=1)
     hint = f"did you mean {closest[0]}?" if closest else "--help lists all flags"
     return (
         f"{name} is not an argument of this script; {hint}"
@@ -377,8 +438,7 @@ def check_args(model_args, data_args, training_args):
     if model_args.model_name_or_path and model_args.config_overrides:
         raise UserError("--config_overrides is for new models; leave it out together with --model_name_or_path")
     if model_args.model_type and model_args.model_type not in MODEL_TYPES:
-        closest = difflib.get_close_matches(model_args.model_type, MODEL_TYPES, n=3) or MODEL_TYPES
-        raise UserError(f"--model_type {model_args.model_type} is unknown here; known: {', '.join(closest)}")
+        check_model_type(f"--model_type {model_args.model_type}", model_args.model_type)
     if not (data_args.dataset_name or data_args.train_file or data_args.validation_file):
         raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
     if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
@@ -395,19 +455,39 @@ def check_args(model_args, data_args, training_args):
             raise UserError(f"--whole_word_mask and --{reference} both say what a word is; give one of them")
 
 
+def check_model_type(subject, model_type):
+    """Raise `UserError`, with the architectures that there are, for one that has no masked-LM model in this script."""
+    if model_type in MODEL_TYPES:
+        return
+    closest = difflib.get_close_matches(model_type, MODEL_TYPES, n=3)
+    if model_type in CONFIG_MAPPING or not closest:
+        raise UserError(f"{subject}: no masked-LM model of type {model_type!r} here; known: {', '.join(MODEL_TYPES)}")
+    raise UserError(f"{subject}: {model_type!r} is unknown; did you mean {' or '.join(closest)}?")
+
+
 def check_ranges(model_args, data_args, training_args):
     """Raise `UserError` for the first number that is out of its range."""
-    positive = "train_batch_size eval_batch_size gradient_accumulation_steps logging_steps".split()
+    settings = {name: value for group in (model_args, data_args, training_args) for name, value in vars(group).items()}
+    for name, value in settings.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"--{name} {value} must be a finite number")
+    positive = (
+        "train_batch_size eval_batch_size gradient_accumulation_steps logging_steps eval_steps save_steps".split()
+    )
+    positive += ["per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit", "max_seq_length"]
+    positive += ["max_train_samples", "max_val_samples", "preprocessing_num_workers", "adam_epsilon"]
     positive += [] if training_args.max_steps > 0 else ["num_train_epochs"]
     for name in positive:
-        if getattr(training_args, name) <= 0:
-            raise UserError(f"--{name} {getattr(training_args, name)} must be above 0")
-    for name in "learning_rate warmup_steps weight_decay".split():
-        if getattr(training_args, name) < 0:
-            raise UserError(f"--{name} {getattr(training_args, name)} must not be below 0")
-    for name in "max_train_samples max_val_samples preprocessing_num_workers".split():
-        if getattr(data_args, name) is not None and getattr(data_args, name) <= 0:
-            raise UserError(f"--{name} {getattr(data_args, name)} must be above 0")
+        if settings.get(name) is not None and settings[name] <= 0:
+            raise UserError(f"--{name} {settings[name]} must be above 0")
+    for name in "learning_rate warmup_steps weight_decay max_grad_norm".split():
+        if settings[name] < 0:
+            raise UserError(f"--{name} {settings[name]} must not be below 0")
+    for name in "adam_beta1 adam_beta2".split():
+        if not 0 <= settings[name] < 1:
+            raise UserError(f"--{name} {settings[name]} must be from 0 to below 1")
+    if training_args.max_steps == 0 or training_args.max_steps < -1:
+        raise UserError(f"--max_steps {training_args.max_steps} must be above 0, or -1 for --num_train_epochs")
     if not 0 <= training_args.label_smoothing_factor < 1:
         raise UserError(f"--label_smoothing_factor {training_args.label_smoothing_factor} must be from 0 to below 1")
     if model_args.dropout_rate is not None and not 0 <= model_args.dropout_rate < 1:
@@ -446,14 +526,14 @@ def check_streaming(data_args, training_args):
 
 
 def exit_on_user_error(main):
-    """Decorate `main` to print a `UserError` as one line on stderr and exit with status 2 (MLM_DEBUG=1: traceback)."""
+    """Decorate `main` to print a `UserError` as one line on stderr and exit with status 2 (`--debug`: traceback)."""
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs):
+    def wrapped(argv=None):
         try:
-            return main(*args, **kwargs)
+            return main(argv)
         except UserError as error:
-            if os.environ.get("MLM_DEBUG") == "1":
+            if wants_traceback(argv):
                 raise
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from None
@@ -461,21 +541,101 @@ def exit_on_user_error(main):
     return wrapped
 
 
+def wants_traceback(argv):
+    """Return whether `--debug` or MLM_DEBUG=1 asks for the traceback of an error."""
+    with contextlib.suppress(UserError):
+        argv = expand_flags(argv)
+    asked = re.search(r"(^|\s)--debug([\s=]true)?(\s--|$)", " ".join(map(str, argv or [])), re.IGNORECASE)
+    return bool(asked) or os.environ.get("MLM_DEBUG") == "1"
+
+
 @contextlib.contextmanager
-def user_errors(subject):
-    """Within, what the libraries raise for a wrong name or a broken file is a `UserError` about `subject`."""
+def user_errors(subject, fix=""):
+    """Within, whatever the libraries raise for a wrong name or a broken file is a `UserError` about `subject`."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, ArithmeticError, ImportError, LookupError, StopIteration, TypeError, ValueError) as error:
-        raise UserError(f"{subject}: {error.__cause__ or error or type(error).__name__}") from error
-    except datasets.exceptions.DatasetsError as error:
-        raise UserError(f"{subject}: {error.__cause__ or error}") from error
+    except Exception as error:
+        cause = str(error.__cause__ or error).strip() or type(error).__name__
+        raise UserError(f"{subject}: {cause}{fix and '; '}{fix}") from error
+
+
+def check_inputs(model_args, data_args):
+    """Raise `UserError` for files and folders that cannot be what their flag says, before anything is loaded."""
+    for split in ("train", "validation"):
+        files = getattr(data_args, f"{split}_file")
+        if files and not data_args.dataset_name:
+            check_data_files(split, files)
+        references = getattr(data_args, f"{split}_ref_file")
+        if references and not os.path.isfile(references):
+            raise UserError(f"--{split}_ref_file {references}: no such file")
+    names = {flag: getattr(model_args, flag) for flag in ("model_name_or_path", "config_name", "tokenizer_name")}
+    for flag, name in names.items():
+        if name and os.path.isdir(name):
+            check_model_folder(flag, name, names)
+        elif name and not os.path.exists(name) and name.startswith((".", "/", "~")) and ".ckpt" not in name:
+            raise UserError(f"--{flag} {name}: no such folder")
+    check_hub([name for name in (*names.values(), data_args.dataset_name) if name and not os.path.exists(name)])
+
+
+def check_data_files(split, names):
+    """Raise `UserError` where a data file is missing, a folder, empty, or of no known format."""
+    for name in names:
+        if os.path.isdir(name):
+            raise UserError(f"--{split}_file {name} is a folder; name its files, as in '{os.path.join(name, '*.txt')}'")
+    files = find_files(split, names)
+    file_format(split, files)
+    for file in files:
+        if os.path.getsize(file) == 0:
+            raise UserError(f"--{split}_file {file} is empty; give a file with text")
+
+
+def check_model_folder(flag, folder, names):
+    """Raise `UserError` where a model folder lacks its configuration or weights, or holds broken ones."""
+    subject, found = f"--{flag} {folder}", sorted(os.listdir(folder))
+    if flag == "config_name" or (flag == "model_name_or_path" and not names["config_name"]):
+        path = os.path.join(folder, "config.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                settings = json.load(file)
+        except OSError:
+            raise UserError(f"{subject} holds no config.json; name a folder that save_pretrained wrote") from None
+        except ValueError as error:
+            raise UserError(f"{subject}: config.json is corrupt ({error}); copy it anew") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"{subject}: config.json holds no JSON object; copy it anew")
+    if flag != "model_name_or_path":
+        return
+    weights = re.compile(r"(model|pytorch_model|flax_model)\S*\.(safetensors|bin|msgpack)|model\.ckpt\S*")
+    if not any(weights.fullmatch(name) for name in found):
+        raise UserError(f"{subject} holds no weights (model.safetensors); for new ones give --config_name {folder}")
+    for name in found:
+        if name.endswith(".safetensors"):
+            with user_errors(f"{subject}: {name} is corrupt", "copy it anew"), safe_open(f"{folder}/{name}", "numpy"):
+                pass
+
+
+def check_hub(names):
+    """Where the hub cannot be reached, make the libraries look for these names in their caches, and nowhere else.
+
+    They would ask for each file of each name six times, for minutes.
+    """
+    if not names or constants.HF_HUB_OFFLINE:
+        return
+    for attempt in range(2):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+            return
+        except OSError as error:
+            logger.info(f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}).")
+            time.sleep(1 - attempt)
+    constants.HF_HUB_OFFLINE = True
+    reset_sessions()
 
 
 def prepare_output_dir(training_args):
-    """Return the checkpoint folder to resume from, or None to start anew; the log says which.
+    """Return the checkpoint folder to resume from, or None to start anew.
 
     Raises `UserError` when training would write over results that are not a checkpoint's, unless told to.
     """
@@ -492,11 +652,9 @@ def prepare_output_dir(training_args):
         others = [os.path.realpath(path) for _, path in list_checkpoints(folder)] if os.path.isdir(folder) else []
         if os.path.realpath(named) in others[:-1]:
             raise UserError(f"--resume_from_checkpoint {named}: {others[-1]} is newer; name another --output_dir")
-        logger.info(f"Resuming from {named}.")
         return named
     content = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     if training_args.overwrite_output_dir or content <= {UNFINISHED, "logs", "runs"}:
-        logger.info(f"Starting anew in {folder}.")
         return None
     checkpoint = find_checkpoint(folder)
     if checkpoint is None:
@@ -504,7 +662,6 @@ def prepare_output_dir(training_args):
             f"--output_dir {folder} is not empty and holds no checkpoint; name another folder, "
             "or write over it with --overwrite_output_dir"
         )
-    logger.info(f"Resuming from {checkpoint}; --overwrite_output_dir or another --output_dir starts anew.")
     return checkpoint
 
 
@@ -522,7 +679,7 @@ def load_raw_datasets(model_args, data_args):
     """
     options = {"streaming": data_args.streaming, **model_args.hub_options}
     if data_args.dataset_name:
-        with user_errors(f"--dataset_name {data_args.dataset_name}"):
+        with user_errors(f"--dataset_name {data_args.dataset_name}", HUB_FIX):
             raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **options)
     else:
         named = {"train": data_args.train_file, "validation": data_args.validation_file}
@@ -530,12 +687,13 @@ def load_raw_datasets(model_args, data_args):
         formats = {split: file_format(split, found) for split, found in files.items()}
         raw = {}
         for split, found in files.items():
-            with user_errors(f"--{split}_file {' '.join(named[split])}"):
+            with data_errors(f"--{split}_file {' '.join(named[split])}", found):
                 options |= READING.get(formats[split], {})
                 raw[split] = datasets.load_dataset(formats[split], data_files={split: found}, split=split, **options)
     raw = {split: raw[split] for split in ("train", "validation") if split in raw}
     if not raw:
         raise UserError(f"--dataset_name {data_args.dataset_name} has neither a train nor a validation split")
+    check_texts(raw, data_args)
     for split, references in (("train", data_args.train_ref_file), ("validation", data_args.validation_ref_file)):
         if references:
             raw[split] = add_word_references(raw[split], references)
@@ -771,16 +929,88 @@ def column_kinds(features, prefix=""):
     return kinds
 
 
+@contextlib.contextmanager
+def data_errors(subject, files):
+    """Within, an error of reading data files is a `UserError` that says in which file and where."""
+    try:
+        with user_errors(subject):
+            yield
+    except UserError as error:
+        for file in files:
+            fault = find_fault(file)
+            if fault:
+                raise UserError(f"{subject}: {file}{fault}") from error
+        raise
+
+
+def find_fault(path):
+    """Return what is wrong with a text file, "" where that is not found: bytes not UTF-8, no text, bad JSON."""
+    extension, blank, offset = os.path.splitext(path)[1].lower(), True, 0
+    if extension not in (".txt", ".csv", ".json", ".jsonl"):
+        return ""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                blank = not line.decode("utf-8-sig").strip() and blank
+            except UnicodeDecodeError as error:
+                return f", line {number}: byte {offset + error.start} is not UTF-8; save the file as UTF-8"
+            offset += len(line)
+    if blank:
+        return " holds only blank lines; give a file with text"
+    return find_json_fault(path) if extension in (".json", ".jsonl") else ""
+
+
+def find_json_fault(path):
+    """Return the first place where a file is neither JSON lines nor one JSON document, "" where there is none."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            value, error = parse_json(line.strip() or "{}")
+            if number == 1 and error:
+                file.seek(0)
+                _, error = parse_json(file.read())
+            if number == 1 and (isinstance(value, list) or value is error is None):
+                return ""  # One document.
+            if error:
+                place = f"line {number + getattr(error, 'lineno', 1) - 1}, column {getattr(error, 'colno', 1)}"
+                return f", {place}: {getattr(error, 'msg', error)}; mend the JSON"
+            if not isinstance(value, dict):
+                return f', line {number}: {line.strip()[:40]} is no object such as {{"text": "..."}}'
+    return ""
+
+
+def parse_json(text):
+    """Return (value, None), or (None, error) for text that is not JSON."""
+    try:
+        return json.loads(text), None
+    except (ValueError, RecursionError) as error:
+        return None, error
+
+
+def check_texts(raw_datasets, data_args):
+    """Raise `UserError` for the first row that holds nothing, a number or an object where a text should be."""
+    for split, dataset in raw_datasets.items():
+        column = find_text_column(dataset, data_args.text_column_name) if dataset.column_names else "text"
+        if isinstance(dataset, datasets.Dataset):
+            row = pc.index(pc.is_null(text_array(dataset.data.table, column)), True).as_py() + 1
+            if row:
+                raise UserError(
+                    f"row {row} of the {split} data holds nothing (null) in the column {column}; fill it in, or leave "
+                    "the row out"
+                )
+
+
 def find_text_column(dataset, wanted):
     """Return the name or path of the text column; raises `UserError` when it is not there or holds no text."""
     kinds = column_kinds(dataset.features)
     names = [name for name in kinds if name not in ("continues_word", "reference_line")]
-    column = wanted or ("text" if "text" in names else names[0])
+    column = wanted or ("text" if "text" in names else next(iter(names), "text"))
     if column not in names:
         raise UserError(f"--text_column_name {column} is not a column of the data; there are: {', '.join(names)}")
-    kind = kinds[column]
-    if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise UserError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
+    kind = getattr(kinds[column], "dtype", kinds[column])
+    if kind not in ("string", "large_string"):
+        rows = enumerate(dataset[column], 1) if column in dataset.column_names else ()
+        row = next((f"row {row}: " for row, value in rows if not isinstance(value, str)), "")
+        raise UserError(f"{row}the column {column} holds {kind}, not text; see --text_column_name")
     return column
 
 
@@ -1208,17 +1438,20 @@ def load_config(model_args):
     """Return the model configuration: by name, or of a new model, with the overrides and the dropout asked for."""
     name = model_args.config_name or model_args.model_name_or_path
     if name:
-        with user_errors(f"the configuration of {name}"):
-            config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **model_args.hub_options)
+        subject = f"--{'config_name' if model_args.config_name else 'model_name_or_path'} {name}"
+        options = {"revision": model_args.model_revision, "trust_remote_code": False}
+        with user_errors(subject, HUB_FIX):
+            config = AutoConfig.from_pretrained(name, **options, **model_args.hub_options)
+        check_model_type(subject, config.model_type)
+        if model_args.model_type not in (None, config.model_type):
+            raise UserError(
+                f"--model_type {model_args.model_type}: {subject} is {config.model_type}; leave one of them out"
+            )
     else:
         config = CONFIG_MAPPING[model_args.model_type]()
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(f"{name} is a {config.model_type} model, which has no masked-LM head here; see --model_type")
     if model_args.config_overrides:
-        try:
+        with user_errors(f"--config_overrides {model_args.config_overrides}", "write name=value,name=value"):
             config.update_from_string(model_args.config_overrides)
-        except ValueError as error:
-            raise UserError(f"--config_overrides {model_args.config_overrides}: {error}") from error
     if model_args.dropout_rate is not None:
         for key, value in config.to_dict().items():
             if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -1229,11 +1462,12 @@ def load_config(model_args):
 def load_tokenizer(model_args):
     """Return the tokenizer; raises `UserError` when it has no mask token."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
+    subject = f"--{'tokenizer_name' if model_args.tokenizer_name else 'model_name_or_path'} {name}"
     options = {"use_fast": model_args.use_fast_tokenizer, "revision": model_args.model_revision}
-    with user_errors(f"the tokenizer {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options, **model_args.hub_options)
+    with user_errors(f"{subject} (tokenizer)", HUB_FIX):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options, **model_args.hub_options)
     if tokenizer.mask_token is None:
-        raise UserError(f"the tokenizer {name} has no mask token, which masked-language modelling needs")
+        raise UserError(f"{subject}: its tokenizer has no mask token; name one that has in --tokenizer_name")
     return tokenizer
 
 
@@ -1256,9 +1490,10 @@ def load_model(model_args, config, tokenizer, dtype=jnp.float32, seed=0):
         raise UserError(f"--model_name_or_path {name} is a TensorFlow checkpoint, which run_mlm.py can read")
     if name:
         options = {"config": config, "dtype": dtype, "seed": seed, "revision": model_args.model_revision}
-        with user_errors(f"--model_name_or_path {name}"):
+        with user_errors(f"--model_name_or_path {name}", WEIGHTS_FIX):
             model = model_class.from_pretrained(name, **options, **model_args.hub_options)
-        return resize_vocabulary(model, len(tokenizer))
+        with user_errors(f"--model_name_or_path {name} cannot take a tokenizer of {len(tokenizer)} tokens", RESIZE_FIX):
+            return resize_vocabulary(model, len(tokenizer))
     fit_config(config, tokenizer)
     with user_errors(f"--config_overrides {model_args.config_overrides}"):
         if model_class is FlaxBertForMaskedLM:
@@ -1280,6 +1515,8 @@ def resize_vocabulary(model, size):
         if old.shape == new.shape:
             return old
         axis = next(i for i in range(old.ndim) if old.shape[i] != new.shape[i])
+        if new.shape != (*old.shape[:axis], size, *old.shape[axis + 1 :]):
+            raise ValueError("its head has a vocabulary of its own")
         kept = lax.slice_in_dim(old, 0, min(size, old_size), axis=axis)
         mean = old.mean(axis, keepdims=True) if old.ndim > 1 else jnp.zeros(1, old.dtype)
         return jnp.concatenate([kept, jnp.repeat(mean, size - kept.shape[axis], axis)], axis)
@@ -1410,6 +1647,25 @@ def epoch_order(dataset, args, seed, epoch):
     return order[: len(order) - len(order) % args.step_samples] if args.dataloader_drop_last else order
 
 
+def samples_of_step(dataset, args, seed, step):
+    """Return the indices of the samples of an optimizer step, which counts from 0: int64 [S]."""
+    size = args.step_samples
+    if isinstance(dataset, StreamedDataset):
+        return np.arange(step * size, (step + 1) * size)  # Places in the stream.
+    steps_per_epoch = len(dataset) // size if args.dataloader_drop_last else math.ceil(len(dataset) / size)
+    epoch, position = divmod(step, steps_per_epoch)
+    return epoch_order(dataset, args, seed, epoch)[position * size : (position + 1) * size]
+
+
+def not_finite_message(reason, step, learning_rate, samples):
+    """Return the error line for a step whose numbers are not finite."""
+    listed = ", ".join(map(str, samples[:MAX_LISTED])) + (", ..." if len(samples) > MAX_LISTED else "")
+    return (
+        f"{reason} at step {step} (learning rate {learning_rate:.3g}, training samples {listed}): lower "
+        "--learning_rate, or look at these samples; the checkpoints are of earlier steps"
+    )
+
+
 def compute_metrics(logits, labels, weights, label_smoothing=0.0):
     """Return the sums {"loss", "accuracy", "normalizer"} over all positions: `logits: [..., V]`, the others `[...]`."""
     loss, normalizer = cross_entropy(logits, labels, weights, label_smoothing)
@@ -1455,10 +1711,13 @@ class SummaryWriter:
     """Writes TensorBoard events with the `tensorboard` package alone, where it is installed."""
 
     def __init__(self, log_dir):
-        self.writer = EventFileWriter(log_dir) if EventFileWriter else None
+        self.log_dir = log_dir
+        self.writer = None
 
     def scalar(self, tag, value, step):
-        """Write one value of a chart."""
+        """Write one value of a chart; the first one makes the file."""
+        if EventFileWriter and not self.writer:
+            self.writer = EventFileWriter(self.log_dir)
         if self.writer:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
             self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
@@ -1685,8 +1944,15 @@ def head_can_be_sparse(model, dataset, collator):
     return same
 
 
+def check_devices():
+    """Raise `UserError` where the devices that JAX is told to use are not there."""
+    with user_errors(f"JAX_PLATFORMS {os.environ.get('JAX_PLATFORMS', '')}"):
+        jax.devices()
+
+
 def batch_padding(data_args, training_args, max_seq_length):
     """Return {split: the arguments of `padding_share`} for the batches of a `Run`: all devices are padded alike."""
+    check_devices()
     shortest = max_seq_length if data_args.pad_to_max_length else 1
     rule = {"shortest": shortest, "multiple": length_multiple(max_seq_length), "longest": max_seq_length}
     window = training_args.step_samples if training_args.group_by_length else 1
@@ -1860,6 +2126,49 @@ def staging(folder):
         shutil.rmtree(path, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def locked(training_args):
+    """Within, no other run writes to the output folder; one that is made here and stays empty goes again.
+
+    The lock is the system's and on the folder itself: nothing is written for it, and it ends with the process, however
+    that ends. Raises `UserError` when another run holds it, or the folder cannot be made or written to.
+    """
+    if not training_args.writes_results:
+        yield
+        return
+    folder, path, made = training_args.output_dir, os.path.abspath(training_args.output_dir), []
+    while not os.path.lexists(path):
+        made.append(path)
+        path = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output_dir {folder} cannot be made ({error}); name another folder") from error
+    try:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"--output_dir {folder} is not writable; name another folder")
+        lock_folder(folder, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+        for path in made:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)  # Fails where there is something in it.
+
+
+def lock_folder(folder, descriptor):
+    """Lock an open folder until it is closed, or raise `UserError`; warns where its file system has no locks."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--output_dir {folder}: another run is writing there; wait for it, or name another") from None
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({error.strerror}): start no second run that writes there.")
+
+
 class StopSignals:
     """Within, SIGTERM and SIGINT are noted in `received` instead of ending the process; a second one ends it."""
 
@@ -1880,6 +2189,14 @@ class StopSignals:
             signal.signal(number, handler)
 
 
+def log_start(training_args, checkpoint):
+    """Log whether training starts anew or goes on, and from where."""
+    if checkpoint is None:
+        logger.info(f"Starting anew in {training_args.output_dir}.")
+    else:
+        logger.info(f"Resuming from {checkpoint}; --overwrite_output_dir or another --output_dir starts anew.")
+
+
 def setup_logging(training_args):
     """Send this script's messages to stdout, from the main process only."""
     logging.basicConfig(
@@ -1888,12 +2205,22 @@ def setup_logging(training_args):
     logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
 
 
-def check_samples(tokenized, training_args, max_seq_length):
-    """Raise `UserError` when a split that is asked for holds no sample, or not enough for one step."""
-    for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
-        if wanted and not len(tokenized.get(split, ())):
+def check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args):
+    """Raise `UserError` when a split that is asked for holds nothing to learn from, or not enough for one step."""
+    for split, flag in (("train", "do_train"), ("validation", "do_eval")):
+        if not getattr(training_args, flag):
+            continue
+        if split not in tokenized:
+            raise UserError(f"--{flag}: --dataset_name {data_args.dataset_name} has no {split} split")
+        dataset = tokenized[split]
+        if isinstance(dataset, StreamedDataset):
+            dataset = dataset.first_block
+        if len(dataset) == 0:
+            raise UserError(no_samples_message(split, raw_datasets[split], tokenizer, data_args))
+        if all(np.isin(values, tokenizer.all_special_ids).all() for values, _ in dataset.columns["input_ids"]):
             raise UserError(
-                f"the {split} split holds no sample: give more text, or lower --max_seq_length (now {max_seq_length})"
+                f"no token of the {split} data can be masked: its tokenizer makes only special tokens of it, such as "
+                f"{tokenizer.unk_token}; name one for this text in --tokenizer_name"
             )
     samples, step_samples = len(tokenized.get("train", ())), training_args.step_samples
     if training_args.do_train and training_args.dataloader_drop_last and samples < step_samples:
@@ -1901,6 +2228,24 @@ def check_samples(tokenized, training_args, max_seq_length):
             f"the train split holds {samples} samples, fewer than the {step_samples} of one step: lower "
             "--train_batch_size, or give --dataloader_drop_last false"
         )
+
+
+def no_samples_message(split, raw, tokenizer, data_args):
+    """Return the error line for a split without a sample: why that is, and what to do about it."""
+    tables, column = raw.with_format("arrow").iter(1000), find_text_column(raw, data_args.text_column_name)
+    texts = [text for table in tables for text in text_array(table, column).to_pylist() if text and not text.isspace()]
+    if texts:
+        tokens = sum(map(len, tokenizer(texts, verbose=False)["input_ids"]))
+        return (
+            f"the {split} data is too short: {len(texts)} texts with {tokens} tokens make no row of --max_seq_length "
+            f"{data_args.max_seq_length or '(its default)'}; lower it, or give more text or --line_by_line true"
+        )
+    if data_args.validation_file or data_args.dataset_name:
+        return f"the {split} data holds no text, only blank lines; give more"
+    return (
+        f"--validation_split_percentage {data_args.validation_split_percentage} of --train_file leaves the {split} "
+        "data no text; change it, or give more text or --validation_file"
+    )
 
 
 def data_summary(tokenized, tokenizer, padding):
@@ -2019,14 +2364,16 @@ def create_training_state(run, checkpoint):
     params, tx = run.model.params, create_optimizer(run.args, run.schedule)
     dropout_rngs = jax.random.split(jax.random.PRNGKey(run.args.seed), jax.local_device_count())
     if checkpoint:
-        params = flax_params(load_file(os.path.join(checkpoint, "model.safetensors")), params)
+        with user_errors(f"the model in {checkpoint}", CHECKPOINT_FIX):
+            params = flax_params(load_file(os.path.join(checkpoint, "model.safetensors")), params)
     optimizer = Optimizer.create(apply_fn=run.apply_fn, params=params, tx=tx, grad_norm=jnp.zeros(()))
     if checkpoint:
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
             state = json.load(file)
         run.step = run.first_step = state["global_step"]
         run.log_history = state["log_history"]
-        with open(os.path.join(checkpoint, "optimizer.msgpack"), "rb") as file:
+        path = os.path.join(checkpoint, "optimizer.msgpack")
+        with user_errors(f"the optimizer state in {checkpoint}", CHECKPOINT_FIX), open(path, "rb") as file:
             saved = serialization.from_bytes((optimizer.opt_state, dropout_rngs), file.read())
         optimizer = optimizer.replace(step=run.step, opt_state=saved[0])
         dropout_rngs = jnp.asarray(saved[1])
@@ -2061,6 +2408,7 @@ def train(run, checkpoint):
         for keys in tqdm(steps, "Training", run.num_steps, initial=run.step, disable=not args.should_log):
             batch = run.device_batch(dataset, keys, args.train_batch_size, args.gradient_accumulation_steps)
             loss, optimizer, dropout_rngs = step_fn(optimizer, batch, dropout_rngs)
+            check_losses(run, losses[-1:], run.step)  # The step before: the device is busy with this one.
             run.step += 1
             tokens += batch["input_ids"].size
             losses.append(loss)
@@ -2096,8 +2444,23 @@ def training_metrics(run, total_loss, tokens, start):
     return metrics
 
 
+def check_losses(run, losses, step):
+    """Raise `UserError` for a loss that is not finite, of the losses of the steps up to `step`; waits for them."""
+    losses = [float(loss[0]) for loss in jax.device_get(losses)]
+    for i, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            stop_training(run, f"the loss is {loss}", step - len(losses) + i)
+
+
+def stop_training(run, reason, step):
+    """Raise a `UserError` for numbers that are not finite; `step` counts from 0."""
+    samples = samples_of_step(run.tokenized["train"], run.args, run.args.seed, step)
+    raise UserError(not_finite_message(reason, step + 1, float(run.schedule(step)), samples))
+
+
 def log_training(run, losses, optimizer):
     """Log the mean of the losses since the last report and return their sum."""
+    check_losses(run, losses, run.step)
     values = [float(loss[0]) for loss in jax.device_get(losses)]
     logs = {"loss": sum(values) / len(values), "grad_norm": float(optimizer.grad_norm[0])}
     run.log({**logs, "learning_rate": float(run.schedule(run.step - 1))})
@@ -2136,6 +2499,8 @@ def write_model(run, params, folder):
     config.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     weights = pytorch_state_dict(jax_utils.unreplicate(params))
+    if run.step and not all(np.isfinite(weight).all() for weight in weights.values()):
+        stop_training(run, "a weight is not finite", run.step - 1)
     save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
@@ -2221,37 +2586,42 @@ def main(argv=None):
     """Run what the arguments ask for and return all metrics."""
     model_args, data_args, training_args = parse_args(argv)
     setup_logging(training_args)
-    checkpoint = prepare_output_dir(training_args)
-    config = load_config(model_args)
-    tokenizer = load_tokenizer(model_args)
-    max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
-    raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
-    tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
-    padding = batch_padding(data_args, training_args, max_seq_length)
-    log_summary("Data", data_summary(tokenized, tokenizer, padding))
-    check_samples(tokenized, training_args, max_seq_length)
-    if not (training_args.do_train or training_args.do_eval):
-        logger.info("Tokenized and cached. Nothing was trained or evaluated: see --do_train and --do_eval.")
-        return {}
+    check_inputs(model_args, data_args)
+    if not data_args.preprocessing_num_workers:
+        check_devices()  # It starts threads, which worker processes must not come after.
+    with locked(training_args):
+        checkpoint = prepare_output_dir(training_args)
+        config = load_config(model_args)
+        tokenizer = load_tokenizer(model_args)
+        max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
+        raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
+        tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
+        padding = batch_padding(data_args, training_args, max_seq_length)
+        log_summary("Data", data_summary(tokenized, tokenizer, padding))
+        check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args)
+        if not (training_args.do_train or training_args.do_eval):
+            logger.info("Tokenized and cached. Nothing was trained or evaluated: see --do_train and --do_eval.")
+            return {}
 
-    dtype = jnp.bfloat16 if training_args.bf16 else jnp.float32
-    model = load_model(model_args, config, tokenizer, dtype, training_args.seed)
-    run = build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
-    metrics = {}
-    if training_args.do_train:
-        log_summary("Training", summarize(run))
-        params, train_metrics = train(run, checkpoint)
-        save_results(run, "train", train_metrics)
-        metrics |= train_metrics
-    else:
-        params = jax_utils.replicate(model.params)
-    if training_args.do_eval:
-        eval_metrics = evaluate(run, params)
-        save_results(run, "eval", eval_metrics)
-        metrics |= eval_metrics
-        show_guesses(run, params)
-    run.writer.close()
-    return metrics
+        dtype = jnp.bfloat16 if training_args.bf16 else jnp.float32
+        model = load_model(model_args, config, tokenizer, dtype, training_args.seed)
+        run = build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
+        metrics = {}
+        if training_args.do_train:
+            log_start(training_args, checkpoint)
+            log_summary("Training", summarize(run))
+            params, train_metrics = train(run, checkpoint)
+            save_results(run, "train", train_metrics)
+            metrics |= train_metrics
+        else:
+            params = jax_utils.replicate(model.params)
+        if training_args.do_eval:
+            eval_metrics = evaluate(run, params)
+            save_results(run, "eval", eval_metrics)
+            metrics |= eval_metrics
+            show_guesses(run, params)
+        run.writer.close()
+        return metrics
 
 
 if __name__ == "__main__":
