@@ -278,6 +278,7 @@ class TrainingArguments:
     debug: bool = HfArg(default=False, help="Show the traceback of an error.")
 
     def __post_init__(self):
+        check_ranges(self)
         for name in ("eval_strategy", "save_strategy"):
             if getattr(self, name) not in ("no", "steps", "epoch"):
                 raise ValueError(f"--{name} {getattr(self, name)} must be no, steps or epoch")
@@ -318,7 +319,12 @@ def build_parser():
 
 def argument_names():
     """Return the names of all arguments, as a JSON file writes them."""
-    items = [item for group in (ModelArguments, DataTrainingArguments, TrainingArguments) for item in fields(group)]
+    items = [
+        item
+        for group in (ModelArguments, DataTrainingArguments, TrainingArguments)
+        for item in fields(group)
+        if item.init
+    ]
     names = [name for item in items for name in (item.name, *item.metadata.get("aliases", ()))]
     return [name.lstrip("-") for name in names] + [f"no_{item.name}" for item in items if item.default is True]
 
@@ -326,7 +332,7 @@ def argument_names():
 def foreign_argument_names():
     """Return the names of the arguments that `run_mlm.py` alone reads."""
     return """
-    _n_gpu accelerator_config adafactor auto_find_batch_size average_tokens_across_devices batch_eval_metrics
+    accelerator_config adafactor auto_find_batch_size average_tokens_across_devices batch_eval_metrics
     bf16_full_eval data_seed dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
     dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
     ddp_timeout deepspeed disable_tqdm do_predict eval_accumulation_steps eval_delay eval_do_concat_batches
@@ -443,7 +449,8 @@ def check_args(model_args, data_args, training_args):
         raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
     if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
         raise UserError("--do_train needs --train_file or --dataset_name")
-    check_ranges(model_args, data_args, training_args)
+    check_ranges(model_args)
+    check_ranges(data_args)
     check_masking(data_args)
     check_streaming(data_args, training_args)
     if data_args.validation_split_percentage is None or not 1 <= data_args.validation_split_percentage <= 99:
@@ -465,35 +472,30 @@ def check_model_type(subject, model_type):
     raise UserError(f"{subject}: {model_type!r} is unknown; did you mean {' or '.join(closest)}?")
 
 
-def check_ranges(model_args, data_args, training_args):
-    """Raise `UserError` for the first number that is out of its range."""
-    settings = {name: value for group in (model_args, data_args, training_args) for name, value in vars(group).items()}
-    for name, value in settings.items():
-        if isinstance(value, float) and not math.isfinite(value):
+def check_ranges(group):
+    """Raise `UserError` for the first number of an argument group that is out of its range."""
+    settings = vars(group)
+    given = {name: value for name, value in settings.items() if type(value) in (int, float)}
+    for name, value in given.items():
+        if not math.isfinite(value):
             raise UserError(f"--{name} {value} must be a finite number")
-    positive = (
-        "train_batch_size eval_batch_size gradient_accumulation_steps logging_steps eval_steps save_steps".split()
-    )
-    positive += ["per_device_train_batch_size", "per_device_eval_batch_size", "save_total_limit", "max_seq_length"]
-    positive += ["max_train_samples", "max_val_samples", "preprocessing_num_workers", "adam_epsilon"]
-    positive += [] if training_args.max_steps > 0 else ["num_train_epochs"]
-    for name in positive:
-        if settings.get(name) is not None and settings[name] <= 0:
-            raise UserError(f"--{name} {settings[name]} must be above 0")
+    positive = "train_batch_size eval_batch_size per_device_train_batch_size per_device_eval_batch_size max_seq_length "
+    positive += "gradient_accumulation_steps logging_steps eval_steps save_steps save_total_limit adam_epsilon "
+    positive += "max_train_samples max_val_samples preprocessing_num_workers shuffle_buffer_size "
+    positive += "" if settings.get("max_steps", -1) > 0 else "num_train_epochs"
+    for name in positive.split():
+        if given.get(name, 1) <= 0:
+            raise UserError(f"--{name} {given[name]} must be above 0")
     for name in "learning_rate warmup_steps weight_decay max_grad_norm".split():
-        if settings[name] < 0:
-            raise UserError(f"--{name} {settings[name]} must not be below 0")
-    for name in "adam_beta1 adam_beta2".split():
-        if not 0 <= settings[name] < 1:
-            raise UserError(f"--{name} {settings[name]} must be from 0 to below 1")
-    if training_args.max_steps == 0 or training_args.max_steps < -1:
-        raise UserError(f"--max_steps {training_args.max_steps} must be above 0, or -1 for --num_train_epochs")
-    if not 0 <= training_args.label_smoothing_factor < 1:
-        raise UserError(f"--label_smoothing_factor {training_args.label_smoothing_factor} must be from 0 to below 1")
-    if model_args.dropout_rate is not None and not 0 <= model_args.dropout_rate < 1:
-        raise UserError(f"--dropout_rate {model_args.dropout_rate} must be from 0 to below 1")
-    if not 0 <= training_args.seed < 2**32:
-        raise UserError(f"--seed {training_args.seed} must be from 0 to 4294967295")
+        if given.get(name, 0) < 0:
+            raise UserError(f"--{name} {given[name]} must not be below 0")
+    for name in "adam_beta1 adam_beta2 label_smoothing_factor dropout_rate".split():
+        if not 0 <= given.get(name, 0) < 1:
+            raise UserError(f"--{name} {given[name]} must be from 0 to below 1")
+    if given.get("max_steps", -1) == 0 or given.get("max_steps", -1) < -1:
+        raise UserError(f"--max_steps {given['max_steps']} must be above 0, or -1 for --num_train_epochs")
+    if not 0 <= given.get("seed", 0) < 2**32:
+        raise UserError(f"--seed {given['seed']} must be from 0 to 4294967295")
 
 
 def check_masking(data_args):
@@ -687,9 +689,9 @@ def load_raw_datasets(model_args, data_args):
         formats = {split: file_format(split, found) for split, found in files.items()}
         raw = {}
         for split, found in files.items():
-            with data_errors(f"--{split}_file {' '.join(named[split])}", found):
-                options |= READING.get(formats[split], {})
-                raw[split] = datasets.load_dataset(formats[split], data_files={split: found}, split=split, **options)
+            with data_errors(split, data_args), user_errors(f"--{split}_file {' '.join(named[split])}"):
+                reading = options | READING.get(formats[split], {})
+                raw[split] = datasets.load_dataset(formats[split], data_files={split: found}, split=split, **reading)
     raw = {split: raw[split] for split in ("train", "validation") if split in raw}
     if not raw:
         raise UserError(f"--dataset_name {data_args.dataset_name} has neither a train nor a validation split")
@@ -703,12 +705,13 @@ def load_raw_datasets(model_args, data_args):
 
 
 def split_off_validation(raw, data_args):
-    """Return {"train", "validation"}, the beginning of the training data for validation."""
+    """Return {"train", "validation"}, the beginning of the training data for validation; not one that is empty."""
     if data_args.streaming:
         first = data_args.max_val_samples or STREAMED_VALIDATION
         return {"train": raw.skip(first), "validation": raw.take(first)}
     first = round(len(raw) * data_args.validation_split_percentage / 100)
-    return {"train": raw.select(range(first, len(raw))), "validation": raw.select(range(first))}
+    rows = {"train": range(first, len(raw)), "validation": range(first)}
+    return {split: raw.select(kept) for split, kept in rows.items() if kept}
 
 
 def needed_splits(raw_datasets, training_args):
@@ -820,7 +823,8 @@ class TextEncoder:
 
     def __call__(self, table):
         """Return the table of rows for a table of texts."""
-        texts = [text or "" for text in text_array(table, self.text_column).to_pylist()]
+        with user_errors("a text is not UTF-8"):  # Not all readers of `datasets` look.
+            texts = [text or "" for text in text_array(table, self.text_column).to_pylist()]
         if not self.line_by_line:
             return self.join(self.encode(texts))
         kept = [i for i, text in enumerate(texts) if text and not text.isspace()]
@@ -930,16 +934,16 @@ def column_kinds(features, prefix=""):
 
 
 @contextlib.contextmanager
-def data_errors(subject, files):
-    """Within, an error of reading data files is a `UserError` that says in which file and where."""
+def data_errors(split, data_args):
+    """Within, a `UserError` about the texts of a split says in which data file, and where in it, the fault is."""
     try:
-        with user_errors(subject):
-            yield
+        yield
     except UserError as error:
-        for file in files:
+        names = getattr(data_args, f"{split}_file") or data_args.train_file
+        for file in [] if data_args.dataset_name else find_files(split, names):
             fault = find_fault(file)
             if fault:
-                raise UserError(f"{subject}: {file}{fault}") from error
+                raise UserError(f"--{split}_file {file}{fault}") from error
         raise
 
 
@@ -1046,16 +1050,17 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
         recipe = [tokenizer_identity(tokenizer), column, data_args.line_by_line, max_seq_length, words]
         recipe += [] if data_args.line_by_line else [data_args.preprocessing_num_workers]  # Each drops a rest.
         code = [inspect.getsource(part) for part in (TextEncoder, group_texts, text_array)]
-        dataset = raw.with_format("arrow").map(
-            encoder,
-            batched=True,
-            remove_columns=raw.column_names,
-            num_proc=data_args.preprocessing_num_workers,
-            load_from_cache_file=not data_args.overwrite_cache,
-            new_fingerprint=datasets.fingerprint.Hasher.hash([raw._fingerprint, recipe, code]),
-            writer_batch_size=10_000,
-            desc=f"Tokenizing the {split} texts",
-        )
+        with data_errors(split, data_args):
+            dataset = raw.with_format("arrow").map(
+                encoder,
+                batched=True,
+                remove_columns=raw.column_names,
+                num_proc=data_args.preprocessing_num_workers,
+                load_from_cache_file=not data_args.overwrite_cache,
+                new_fingerprint=datasets.fingerprint.Hasher.hash([raw._fingerprint, recipe, code]),
+                writer_batch_size=10_000,
+                desc=f"Tokenizing the {split} texts",
+            )
         tokenizer_identity(tokenizer)  # Leaves no truncation behind to be saved with the tokenizer.
         if limits[split] is not None:
             dataset = dataset.select(range(min(limits[split], len(dataset))))
@@ -2211,7 +2216,11 @@ def check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args):
         if not getattr(training_args, flag):
             continue
         if split not in tokenized:
-            raise UserError(f"--{flag}: --dataset_name {data_args.dataset_name} has no {split} split")
+            source = f"--dataset_name {data_args.dataset_name}" if data_args.dataset_name else "--train_file"
+            raise UserError(
+                f"--{flag}: no {split} data: {source} has none, or --validation_split_percentage "
+                f"{data_args.validation_split_percentage} leaves none; change it, or give --{split}_file"
+            )
         dataset = tokenized[split]
         if isinstance(dataset, StreamedDataset):
             dataset = dataset.first_block
@@ -2240,12 +2249,7 @@ def no_samples_message(split, raw, tokenizer, data_args):
             f"the {split} data is too short: {len(texts)} texts with {tokens} tokens make no row of --max_seq_length "
             f"{data_args.max_seq_length or '(its default)'}; lower it, or give more text or --line_by_line true"
         )
-    if data_args.validation_file or data_args.dataset_name:
-        return f"the {split} data holds no text, only blank lines; give more"
-    return (
-        f"--validation_split_percentage {data_args.validation_split_percentage} of --train_file leaves the {split} "
-        "data no text; change it, or give more text or --validation_file"
-    )
+    return f"the {split} data holds no text, only blank ones; give more"
 
 
 def data_summary(tokenized, tokenizer, padding):
