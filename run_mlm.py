@@ -67,6 +67,7 @@ from transformers import (
     AutoModelForPreTraining,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     set_seed,
@@ -1599,6 +1600,9 @@ class MaskedLMTrainer(Trainer):
 
     def stop_training(self, reason, step):
         """Raise a `UserError` for numbers that are not finite; `step` counts from 0."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback):
+                callback.on_train_end(self.args, self.state, self.control)  # Ends the line of the bar.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         samples = samples_of_step(self.train_dataset, self.args, seed, step)
         raise UserError(not_finite_message(reason, step + 1, self._get_learning_rate(), samples))

@@ -2208,6 +2208,7 @@ def setup_logging(training_args):
         format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[logging.StreamHandler(sys.stdout)]
     )
     logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
+    datasets.logging.set_verbosity(logging.CRITICAL)  # What goes wrong there is raised too.
 
 
 def check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args):
@@ -2422,6 +2423,7 @@ def train(run, checkpoint):
             if args.do_eval and is_due(run, args.eval_strategy, args.eval_steps) and run.step < run.num_steps:
                 evaluate(run, optimizer.params)
             if signals.received or is_due(run, args.save_strategy, args.save_steps):
+                check_losses(run, losses[-1:], run.step)
                 save_checkpoint(run, optimizer, dropout_rngs)
             if signals.received:
                 logger.info(f"Stopped by signal {signals.received}; the checkpoint of step {run.step} is saved.")

@@ -375,7 +375,7 @@ DATA = [
 ]
 MISTAKES = [*ARGUMENTS, *NUMBERS, *CONFIGS, *FILES, *MODELS, *DATA]
 # Started as programs, once by each script.
-SAMPLE = ("wrong type", "unknown key", "empty file", "corrupt weights", "malformed lines", "output_dir under a file")
+SAMPLE = ("unknown key", "corrupt weights", "malformed lines")
 
 
 def fill(folder, content=None):
