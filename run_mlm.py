@@ -59,6 +59,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session, reset_sessions
 from safetensors import safe_open
 from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_MASKED_LM_MAPPING,
@@ -67,7 +68,6 @@ from transformers import (
     AutoModelForPreTraining,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     set_seed,
@@ -102,6 +102,7 @@ CHOICES = {
     **{"lr_scheduler_type": SchedulerType, "optim": OptimizerNames},
 }
 FOREIGN_FILE = "optimizer.msgpack"  # In a checkpoint of the other script.
+NULL_ROW = re.compile(rb"(\xef\xbb\xbf)?\s*\[?\s*null")  # At the beginning of a JSON file; PyArrow crashes there.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 CHECKPOINT_FIX = "resume from another checkpoint"
 HUB_FIX = "a local folder works without the hub"
@@ -484,6 +485,8 @@ def exit_on_user_error(main):
         except UserError as error:
             if wants_traceback(argv):
                 raise
+            for bar in list(tqdm._instances):
+                bar.close()  # The message begins a line.
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from None
 
@@ -538,6 +541,9 @@ def check_data_files(split, names):
     for file in files:
         if os.path.getsize(file) == 0:
             raise UserError(f"--{split}_file {file} is empty; give a file with text")
+        with user_errors(f"--{split}_file {file}"), open(file, "rb") as content:
+            if file.lower().endswith((".json", ".jsonl")) and NULL_ROW.match(content.read(4096)):
+                raise UserError(f"--{split}_file {file}: its first row is null; leave it out")
 
 
 def check_model_folder(flag, folder, names):
@@ -1600,9 +1606,6 @@ class MaskedLMTrainer(Trainer):
 
     def stop_training(self, reason, step):
         """Raise a `UserError` for numbers that are not finite; `step` counts from 0."""
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback):
-                callback.on_train_end(self.args, self.state, self.control)  # Ends the line of the bar.
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         samples = samples_of_step(self.train_dataset, self.args, seed, step)
         raise UserError(not_finite_message(reason, step + 1, self._get_learning_rate(), samples))

@@ -110,6 +110,7 @@ MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits are usually "no limit", and
 SPACE_MARKS = ("▁", "Ġ", " ")  # How vocabularies write the space before a word.
 IGNORED_LABEL = -100
 FOREIGN_FILE = "optimizer.pt"  # In a checkpoint of the other script.
+NULL_ROW = re.compile(rb"(\xef\xbb\xbf)?\s*\[?\s*null")  # At the beginning of a JSON file; PyArrow crashes there.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 CHECKPOINT_FIX = "resume from another checkpoint"
 HUB_FIX = "a local folder works without the hub"
@@ -537,6 +538,8 @@ def exit_on_user_error(main):
         except UserError as error:
             if wants_traceback(argv):
                 raise
+            for bar in list(tqdm._instances):
+                bar.close()  # The message begins a line.
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from None
 
@@ -591,6 +594,9 @@ def check_data_files(split, names):
     for file in files:
         if os.path.getsize(file) == 0:
             raise UserError(f"--{split}_file {file} is empty; give a file with text")
+        with user_errors(f"--{split}_file {file}"), open(file, "rb") as content:
+            if file.lower().endswith((".json", ".jsonl")) and NULL_ROW.match(content.read(4096)):
+                raise UserError(f"--{split}_file {file}: its first row is null; leave it out")
 
 
 def check_model_folder(flag, folder, names):

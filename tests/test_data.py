@@ -320,16 +320,6 @@ def test_tokenizing_leaves_no_truncation_to_be_saved(script, tokenizer, text_fil
         assert (saved["truncation"], saved["padding"]) == (None, None)
 
 
-def test_no_sample_is_an_error_that_names_the_length(script, model_folder, tmp_path, capsys):
-    path = write_lines(tmp_path / "short.txt", ["the baker ."])
-    with pytest.raises(SystemExit):
-        script.main(
-            flags(model_name_or_path=model_folder, output_dir=tmp_path / "o", do_eval=True, validation_file=path)
-            + flags(line_by_line="false", max_seq_length=LENGTH)
-        )
-    assert f"--max_seq_length (now {LENGTH})" in capsys.readouterr().err
-
-
 def test_padding_to_the_maximum_length_makes_all_batches_alike(script, small_model, tmp_path, monkeypatch):
     lengths = []
     numpy_batch = script.MaskingCollator.numpy_batch
@@ -442,16 +432,3 @@ def test_references_need_their_text_and_line_by_line(script, text_files, tmp_pat
         script.parse_args(needed + flags(dataset_name="wikitext", line_by_line="true"))
     with pytest.raises(script.UserError, match="--line_by_line"):
         script.parse_args(needed + flags(train_file=text_files["train_file"], line_by_line="false"))
-
-
-@pytest.mark.parametrize("line_by_line", ["true", "false"])
-def test_a_missing_text_counts_as_an_empty_one(script, tokenizer, tmp_path, line_by_line):
-    records = [{"text": "the baker bakes bread ."}, {"text": None}, {"other": 1}, {"text": "a sailor sails ."}]
-    (tmp_path / "null.jsonl").write_text("\n".join(map(json.dumps, records)))
-    (tmp_path / "empty.jsonl").write_text("\n".join(json.dumps({"text": row.get("text") or ""}) for row in records))
-    files = [str(tmp_path / name) for name in ("null.jsonl", "empty.jsonl")]
-    tokenized = [
-        tokenize(script, tokenizer, 8, train_file=file, validation_file=file, line_by_line=line_by_line)["train"]
-        for file in files
-    ]
-    assert rows(tokenized[0]) == rows(tokenized[1]) != []

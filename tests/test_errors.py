@@ -338,6 +338,10 @@ DATA = [
     Mistake(
         "nulls", lambda place: place.data("a.jsonl", ONE_LINE + '{"text": null}'), ["row 2", "column text", "null"]
     ),
+    Mistake(
+        "a null as the first row", lambda place: place.data("a.jsonl", "null\n" + ONE_LINE), ["a.jsonl", "row is null"]
+    ),
+    Mistake("a null as the first item", lambda place: place.data("a.json", '[ null, {"text": "a"}]'), ["row is null"]),
     Mistake("a missing key", lambda place: place.data("a.jsonl", ONE_LINE + '{"n": 1}'), ["row 2", "text", "null"]),
     Mistake(
         "too few texts for a row",

@@ -34,7 +34,7 @@ def error_of(script, arguments, capfd):
     return line
 
 
-@pytest.mark.parametrize("changes", [{"save_steps": 1}, {"save_steps": 4}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{"save_steps": 1}, {"save_steps": 4, "gradient_accumulation_steps": 2}], ids=str)
 def test_a_loss_that_is_not_finite(script, model_folder, text_files, tmp_path, capfd, seen, changes):
     output = tmp_path / "output"
     line = error_of(script, diverging(model_folder, text_files, output, **changes), capfd)
