@@ -113,7 +113,8 @@ FOREIGN_FILE = "optimizer.pt"  # In a checkpoint of the other script.
 NULL_ROW = re.compile(rb"(\xef\xbb\xbf)?\s*\[?\s*null")  # At the beginning of a JSON file; PyArrow crashes there.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 CHECKPOINT_FIX = "resume from another checkpoint"
-HUB_FIX = "a local folder works without the hub"
+FOLDER_FIX = "mend the folder, or copy it anew"
+HUB_FIX = "a hub name needs a network that reaches the hub; a local folder works without"
 WEIGHTS_FIX = "whole weights that belong to the configuration are needed"
 RESIZE_FIX = "name the model's own in --tokenizer_name"
 DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none leaves this much.
@@ -613,6 +614,8 @@ def check_model_folder(flag, folder, names):
             raise UserError(f"{subject}: config.json is corrupt ({error}); copy it anew") from None
         if not isinstance(settings, dict):
             raise UserError(f"{subject}: config.json holds no JSON object; copy it anew")
+        if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+            raise UserError(f"{subject} needs code of its own (auto_map), which is never run; name another model")
     if flag != "model_name_or_path":
         return
     weights = re.compile(r"(model|pytorch_model|flax_model)\S*\.(safetensors|bin|msgpack)|model\.ckpt\S*")
@@ -955,18 +958,18 @@ def data_errors(split, data_args):
 
 def find_fault(path):
     """Return what is wrong with a text file, "" where that is not found: bytes not UTF-8, no text, bad JSON."""
-    extension, blank, offset = os.path.splitext(path)[1].lower(), True, 0
+    extension, filled, offset = os.path.splitext(path)[1].lower(), 0, 0
     if extension not in (".txt", ".csv", ".json", ".jsonl"):
         return ""
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                blank = not line.decode("utf-8-sig").strip() and blank
+                filled += bool(line.decode("utf-8-sig").strip())
             except UnicodeDecodeError as error:
                 return f", line {number}: byte {offset + error.start} is not UTF-8; save the file as UTF-8"
             offset += len(line)
-    if blank:
-        return " holds only blank lines; give a file with text"
+    if filled <= (extension == ".csv"):
+        return f" holds only {'a header' if filled else 'blank lines'}; give a file with text"
     return find_json_fault(path) if extension in (".json", ".jsonl") else ""
 
 
@@ -996,16 +999,27 @@ def parse_json(text):
         return None, error
 
 
+def data_source(split, data_args):
+    """Return the flag that names the data of a split, and its value."""
+    if data_args.dataset_name:
+        return f"--dataset_name {data_args.dataset_name}"
+    own = getattr(data_args, f"{split}_file")
+    return f"--{split if own else 'train'}_file {' '.join(own or data_args.train_file)}"
+
+
 def check_texts(raw_datasets, data_args):
     """Raise `UserError` for the first row that holds nothing, a number or an object where a text should be."""
     for split, dataset in raw_datasets.items():
-        column = find_text_column(dataset, data_args.text_column_name) if dataset.column_names else "text"
+        source = data_source(split, data_args)
+        try:
+            column = find_text_column(dataset, data_args.text_column_name) if dataset.column_names else "text"
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
         if isinstance(dataset, datasets.Dataset):
             row = pc.index(pc.is_null(text_array(dataset.data.table, column)), True).as_py() + 1
             if row:
                 raise UserError(
-                    f"row {row} of the {split} data holds nothing (null) in the column {column}; fill it in, or leave "
-                    "the row out"
+                    f"{source}: row {row} holds nothing (null) in the column {column}; fill it in, or leave the row out"
                 )
 
 
@@ -1019,8 +1033,8 @@ def find_text_column(dataset, wanted):
     kind = getattr(kinds[column], "dtype", kinds[column])
     if kind not in ("string", "large_string"):
         rows = enumerate(dataset[column], 1) if column in dataset.column_names else ()
-        row = next((f"row {row}: " for row, value in rows if not isinstance(value, str)), "")
-        raise UserError(f"{row}the column {column} holds {kind}, not text; see --text_column_name")
+        found = next((f"{value!r:.40} in row {row}" for row, value in rows if not isinstance(value, str)), kind)
+        raise UserError(f"the column {column} holds {found}, not text; see --text_column_name")
     return column
 
 
@@ -1451,7 +1465,7 @@ def load_config(model_args):
     if name:
         subject = f"--{'config_name' if model_args.config_name else 'model_name_or_path'} {name}"
         options = {"revision": model_args.model_revision, "trust_remote_code": False}
-        with user_errors(subject, HUB_FIX):
+        with user_errors(subject, FOLDER_FIX if os.path.isdir(name) else HUB_FIX):
             config = AutoConfig.from_pretrained(name, **options, **model_args.hub_options)
         check_model_type(subject, config.model_type)
         if model_args.model_type not in (None, config.model_type):
@@ -1475,7 +1489,7 @@ def load_tokenizer(model_args):
     name = model_args.tokenizer_name or model_args.model_name_or_path
     subject = f"--{'tokenizer_name' if model_args.tokenizer_name else 'model_name_or_path'} {name}"
     options = {"use_fast": model_args.use_fast_tokenizer, "revision": model_args.model_revision}
-    with user_errors(f"{subject} (tokenizer)", HUB_FIX):
+    with user_errors(f"{subject} (tokenizer)", FOLDER_FIX if os.path.isdir(name) else HUB_FIX):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options, **model_args.hub_options)
     if tokenizer.mask_token is None:
         raise UserError(f"{subject}: its tokenizer has no mask token; name one that has in --tokenizer_name")
@@ -2155,7 +2169,8 @@ def locked(training_args):
         os.makedirs(folder, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
     except (OSError, ValueError) as error:
-        raise UserError(f"--output_dir {folder} cannot be made ({error}); name another folder") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--output_dir {folder} cannot be made ({reason}); name another folder") from error
     try:
         if not os.access(folder, os.W_OK | os.X_OK):
             raise UserError(f"--output_dir {folder} is not writable; name another folder")
@@ -2235,8 +2250,8 @@ def check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args):
             raise UserError(no_samples_message(split, raw_datasets[split], tokenizer, data_args))
         if all(np.isin(values, tokenizer.all_special_ids).all() for values, _ in dataset.columns["input_ids"]):
             raise UserError(
-                f"no token of the {split} data can be masked: its tokenizer makes only special tokens of it, such as "
-                f"{tokenizer.unk_token}; name one for this text in --tokenizer_name"
+                f"{data_source(split, data_args)}: no token of the {split} data can be masked, for the tokenizer knows "
+                f"none of its words ({tokenizer.unk_token}); name one for this text in --tokenizer_name"
             )
     samples, step_samples = len(tokenized.get("train", ())), training_args.step_samples
     if training_args.do_train and training_args.dataloader_drop_last and samples < step_samples:
@@ -2248,15 +2263,17 @@ def check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args):
 
 def no_samples_message(split, raw, tokenizer, data_args):
     """Return the error line for a split without a sample: why that is, and what to do about it."""
+    source = data_source(split, data_args)
     tables, column = raw.with_format("arrow").iter(1000), find_text_column(raw, data_args.text_column_name)
     texts = [text for table in tables for text in text_array(table, column).to_pylist() if text and not text.isspace()]
     if texts:
         tokens = sum(map(len, tokenizer(texts, verbose=False)["input_ids"]))
         return (
-            f"the {split} data is too short: {len(texts)} texts with {tokens} tokens make no row of --max_seq_length "
-            f"{data_args.max_seq_length or '(its default)'}; lower it, or give more text or --line_by_line true"
+            f"{source}: the {split} data is too short: {len(texts)} texts with {tokens} tokens make no row of "
+            f"--max_seq_length {data_args.max_seq_length or '(its default)'}; lower it, or give more text or "
+            "--line_by_line true"
         )
-    return f"the {split} data holds no text, only blank ones; give more"
+    return f"{source}: the {split} data holds no text, only blank lines; give more"
 
 
 def data_summary(tokenized, tokenizer, padding):

@@ -123,7 +123,7 @@ ARGUMENTS = [
     Mistake("flag of the other script", lambda place: {"warmup_ratio": 0.1}, ["warmup_ratio", "run_mlm.py"], FLAX),
     Mistake("fp16", lambda place: {"fp16": True}, ["--fp16", "GPU", "--bf16"], TORCH),
     Mistake("fp16 in Flax", lambda place: {"fp16": True}, ["fp16", "run_mlm.py"], FLAX),
-    Mistake("tf32", lambda place: {"tf32": True}, ["tf32"], TORCH),
+    Mistake("tf32", lambda place: {"tf32": "true"}, ["tf32"], TORCH),
     Mistake("schedule", lambda place: {"lr_scheduler_type": "constnat"}, ["constnat", "constant"]),
     Mistake("strategy", lambda place: {"save_strategy": "often"}, ["often", "steps", "epoch"]),
     Mistake(
@@ -272,7 +272,7 @@ MODELS = [
     Mistake(
         "code of its own",
         lambda place: place.model_with(model_type="own", auto_map={"AutoConfig": "own.Own"}),
-        ["--model_name_or_path"],
+        ["--model_name_or_path", "auto_map", "never run"],
     ),
     Mistake(
         "wrong override",
@@ -291,7 +291,13 @@ MODELS = [
         ["--config_overrides num_attention_heads=5", "multiple of"],
     ),
     Mistake(
-        "TensorFlow", lambda place: {"model_name_or_path": f"{place.model}.ckpt", "config_name": place.model}, ["ckpt"]
+        "TensorFlow",
+        lambda place: {
+            "model_name_or_path": f"{place.model}.ckpt",
+            "config_name": place.model,
+            "tokenizer_name": place.model,
+        },
+        ["ckpt"],
     ),
 ]
 DATA = [
@@ -320,7 +326,7 @@ DATA = [
     Mistake("blank lines", lambda place: place.data("a.txt", "\n \n\n"), ["train", "no text", "blank"]),
     Mistake("blank json lines", lambda place: place.data("a.jsonl", "\n\n\n"), ["a.jsonl", "blank lines"]),
     Mistake("blank csv", lambda place: place.data("a.csv", "\n\n\n"), ["a.csv", "blank lines"]),
-    Mistake("only a header", lambda place: place.data("a.csv", "text\n"), ["a.csv"]),
+    Mistake("only a header", lambda place: place.data("a.csv", "text\n"), ["a.csv", "only a header"]),
     Mistake("no row with text", lambda place: place.data("a.csv", 'text,n\n,1\n"  ",2\n'), ["train", "no text"]),
     Mistake(
         "no such column",
@@ -328,7 +334,7 @@ DATA = [
         ["--text_column_name body", "text, n"],
     ),
     Mistake(
-        "numbers", lambda place: place.data("a.csv", "text\n1\n2\n"), ["row 1", "column text", "int64", "not text"]
+        "numbers", lambda place: place.data("a.csv", "text\n1\n2\n"), ["row 1", "a.csv", "column text", "1", "not text"]
     ),
     Mistake(
         "a number among texts",
