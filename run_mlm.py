@@ -90,7 +90,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none leaves this much.
 UNFINISHED = ".unfinished"  # Where a checkpoint or a model is written before it is renamed into place.
 EVAL_EPOCH = 2**63  # No training epoch: evaluation draws its own masks, the same ones every time.
-ORDER_KEYS = 2**63  # No index of a sample: the order of a block draws other numbers than masks do.
+ORDER_KEYS = 2**62  # No index of a sample: the order of a block draws other numbers than masks do.
 STREAM_STATE = "stream_state.json"  # In a checkpoint: where the stream was.
 STREAM_BATCH = 256  # Texts of a stream tokenized together: enough for all cores, few enough for long texts.
 STREAMED_VALIDATION = 1000  # Texts taken from a stream without a validation split.
@@ -201,6 +201,11 @@ class DataTrainingArguments:
     max_val_samples: Optional[int] = HfArg(
         default=None, help="Evaluate on the first so many samples only.", aliases=["--max_eval_samples"]
     )
+
+    def __post_init__(self):
+        for name in ("train_file", "validation_file"):
+            if isinstance(getattr(self, name), list) and len(getattr(self, name)) == 1:
+                setattr(self, name, getattr(self, name)[0])  # One file is a string, as documented.
 
 
 @dataclass
@@ -478,9 +483,9 @@ def load_raw_datasets(model_args, data_args):
         formats = {split: file_format(split, found) for split, found in files.items()}
         raw = {}
         for split, found in files.items():
-            with user_errors(f"--{split}_file {' '.join(named[split])}"):
-                options |= READING.get(formats[split], {})
-                raw[split] = datasets.load_dataset(formats[split], data_files={split: found}, split=split, **options)
+            with user_errors(f"--{split}_file {named[split]}"):
+                reading = {**options, **READING.get(formats[split], {})}
+                raw[split] = datasets.load_dataset(formats[split], data_files={split: found}, split=split, **reading)
     raw = {split: raw[split] for split in ("train", "validation") if split in raw}
     if not raw:
         raise UserError(f"--dataset_name {data_args.dataset_name} has neither a train nor a validation split")
@@ -508,9 +513,9 @@ def needed_splits(raw_datasets, training_args):
 
 
 def find_files(split, names):
-    """Return the files that names and globs stand for; raises `UserError` where there is none."""
+    """Return the files that a name or a list of them stands for, globs included; raises `UserError` where none is."""
     found = []
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         files = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
         if not files:
             raise UserError(f"--{split}_file {name}: no such file")
