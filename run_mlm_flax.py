@@ -608,10 +608,10 @@ def add_word_references(dataset, path):
     for number, line in enumerate(lines, 1):
         try:
             positions = json.loads(line) if line else None
-            if line and not all(type(position) is int and position >= 0 for position in positions):
+            if line and not all(type(position) is int and 0 <= position < 2**63 for position in positions):
                 raise ValueError
-            references.append(pa.scalar(positions, pa.list_(pa.int64())))
-        except (ValueError, TypeError, RecursionError, OverflowError):
+            references.append(positions)
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{path}, line {number}: {line[:40]!r} is not a JSON list of positions") from None
     dataset = dataset.add_column("continues_word", pa.array(references, pa.list_(pa.int64())))
     return dataset.add_column("reference_line", pa.array(range(1, len(lines) + 1), pa.int64()))
@@ -717,25 +717,23 @@ class TextEncoder:
     def word_flags(self, token_ids, encodings):
         """Return, beside list<int32>, list<uint8>: 1 where a token continues a word.
 
-        A word ends with its word id, and at a space: tokenizers that split nothing beforehand give one id to all.
+        A word ends with its word id, and before a space: tokenizers that split nothing beforehand give one id to all.
         """
         ids, offsets = token_ids.flatten().to_numpy(), token_ids.offsets
         words = pa.array([encoding.word_ids for encoding in encodings], pa.list_(pa.int32()))
         words = words.flatten().fill_null(-1).to_numpy()
-        begins, ends = self.word_borders
         flags = np.zeros(len(ids) + 1, np.uint8)
-        flags[1:-1] = (words[1:] == words[:-1]) & (words[1:] >= 0) & ~begins[ids[1:]] & ~ends[ids[:-1]]
+        flags[1:-1] = (words[1:] == words[:-1]) & (words[1:] >= 0) & ~self.begins_word[ids[1:]]
         flags[offsets.to_numpy()] = 0  # Each text begins a word.
         return pa.ListArray.from_arrays(offsets, pa.array(flags[:-1]))
 
     @functools.cached_property
-    def word_borders(self):
-        """Whether a token id begins, and whether it ends, with a space: bool [V] each; a space alone only begins."""
+    def begins_word(self):
+        """Whether a token id begins with a space: bool [V]."""
         vocabulary = self.tokenizer.get_vocab()
-        borders = np.zeros((2, max(vocabulary.values()) + 1), bool)
-        for token, i in vocabulary.items():
-            borders[:, i] = token.startswith(SPACE_MARKS), token.endswith(SPACE_MARKS) and token not in SPACE_MARKS
-        return borders
+        lookup = np.zeros(max(vocabulary.values()) + 1, bool)
+        lookup[[i for token, i in vocabulary.items() if token.startswith(SPACE_MARKS)]] = True
+        return lookup
 
     def reference_flags(self, table, columns):
         """Return, beside the rows of `columns`, list<uint8> of the reference positions as far as truncation goes."""

@@ -417,25 +417,6 @@ def test_references_follow_the_validation_split(script, tokenizer, tmp_path):
     assert word_flags(tokenized["train"]) == references[10:]
 
 
-@pytest.mark.parametrize(
-    ("references", "message"),
-    [
-        (["[]", "[]"], "2 lines, its text 3"),
-        (["[]", "2 3", "[]"], "line 2: '2 3' is not a JSON list"),
-        (["[]", "[]", '["two"]'], "line 3: .* is not a JSON list"),
-    ],
-)
-def test_wrong_reference_files_are_named(script, tokenizer, tmp_path, references, message):
-    with pytest.raises(script.UserError, match=f"train.ref.*{message}"):
-        tokenize(
-            script,
-            tokenizer,
-            train_file=write_lines(tmp_path / "train.txt", sentences(3)),
-            train_ref_file=write_lines(tmp_path / "train.ref", references),
-            line_by_line="true",
-        )
-
-
 def test_references_need_their_text_and_line_by_line(script, text_files, tmp_path):
     needed = flags(model_name_or_path="some-model", output_dir="unused", train_ref_file="train.ref")
     with pytest.raises(script.UserError, match="--train_ref_file goes with --train_file"):
