@@ -102,6 +102,11 @@ def test_odd_text_survives(extension, streaming, tmp_path):
         with open(clean, "rb") as file:
             path.write_bytes(b"\xef\xbb\xbf" + file.read().replace(b"\n", b"\r\n"))
     more = {"streaming": True, "do_train": True, "max_steps": 1} if streaming else {}
+    if (extension, streaming) == ("json", False):  # `datasets` 5.0.1 takes the mark off the first file alone.
+        with pytest.raises(script.UserError, match="--train_file"):
+            read(script, *odd)
+        assert read(script, odd[0], clean) == ODD * 2
+        return
     assert read(script, *odd, **more) == ODD * 2
 
 
@@ -109,7 +114,7 @@ def test_a_very_long_line_is_encoded(script, tmp_path):
     tokenizer = make_tokenizer(tmp_path)
     for line_by_line, words in ((True, False), (False, False), (False, True)):
         encoder = script.TextEncoder(tokenizer, "text", line_by_line, 16, words)
-        table = encoder(pa.table({"text": ["a dog " * 200_000, "the end ."]}))
-        ids = [tokenizer.convert_tokens_to_ids(word) for word in ("a", "dog")]
+        table = encoder(pa.table({"text": ["a dogs " * 40_000, "the end ."]}))
+        ids = [tokenizer.convert_tokens_to_ids(word) for word in ("a", "dogs")]
         assert table["input_ids"][0].as_py()[:5] == [tokenizer.cls_token_id, *ids, *ids]
-        assert len(table) == (2 if line_by_line else 400_007 // 16)
+        assert len(table) == (2 if line_by_line else (80_002 + 5) // 16)
