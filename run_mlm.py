@@ -796,7 +796,8 @@ def with_features(stream):
 def read_stream(stream, limit):
     """Return the texts of a stream, the first `limit` if it is not None, as a data set in memory."""
     stream = with_features(stream if limit is None else stream.take(limit))
-    tables = list(stream.with_format("arrow").iter(STREAM_BATCH))
+    with user_errors("the streamed validation data"):
+        tables = list(stream.with_format("arrow").iter(STREAM_BATCH))
     schema = stream.features.arrow_schema
     return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables([schema.empty_table(), *tables])))
 
@@ -898,9 +899,10 @@ class StreamedDataset:
         kinds = {"input_ids": np.int32, "continues_word": np.uint8}
         encoder.left_over = {name: np.array(values, kinds[name]) for name, values in state["left_over"].items()}
         before = {"raw": state["raw"], "left_over": state["left_over"]}
-        for texts in raw.iter(STREAM_BATCH):
-            yield before, len(texts), encoder(texts)
-            before = {"raw": raw.state_dict(), "left_over": dict(encoder.left_over)}
+        with user_errors("the streamed training data"):
+            for texts in raw.iter(STREAM_BATCH):
+                yield before, len(texts), encoder(texts)
+                before = {"raw": raw.state_dict(), "left_over": dict(encoder.left_over)}
 
     def rows(self, state):
         """Yield (what of the state changes before the row, {column: array}) of the rows to the end of the pass."""

@@ -322,6 +322,16 @@ def test_a_stream_without_a_sample_is_an_error(script, small_model, tmp_path, ca
         assert "no sample" in capsys.readouterr().err
 
 
+def test_text_that_breaks_off_in_the_stream_is_an_error(script, tokenizer, tmp_path):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "broken.jsonl"
+    good.write_text("".join(f'{{"text": "{line}"}}\n' for line in sentences(20)))
+    bad.write_text('{"text": "the baker ."}\n{"text": "the chi')
+    for train, validation, split in ((bad, good, "training"), (good, bad, "validation")):
+        given = ["--train_file", str(good), str(train), "--validation_file", str(good), str(validation)]
+        with pytest.raises(script.UserError, match=f"the streamed {split} data"):
+            take(tokenize(script, tokenizer, given, streaming=True, line_by_line="true")["train"], 21)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
