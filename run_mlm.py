@@ -113,7 +113,7 @@ DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none le
 UNFINISHED = ".unfinished"  # Where a checkpoint or a model is written before it is renamed into place.
 EVAL_EPOCH = 2**63  # No training epoch: evaluation draws its own masks, the same ones every time.
 MAX_LISTED = 100  # Sample indices in an error message.
-ORDER_KEYS = 2**63  # No index of a sample: the order of a block draws other numbers than masks do.
+ORDER_KEYS = 2**62  # No index of a sample: the order of a block draws other numbers than masks do.
 STREAM_STATE = "stream_state.json"  # In a checkpoint: where the stream was.
 STREAM_BATCH = 256  # Texts of a stream tokenized together: enough for all cores, few enough for long texts.
 STREAMED_VALIDATION = 1000  # Texts taken from a stream without a validation split.
@@ -224,6 +224,11 @@ class DataTrainingArguments:
     max_val_samples: Optional[int] = HfArg(
         default=None, help="Evaluate on the first so many samples only.", aliases=["--max_eval_samples"]
     )
+
+    def __post_init__(self):
+        for name in ("train_file", "validation_file"):
+            if isinstance(getattr(self, name), list) and len(getattr(self, name)) == 1:
+                setattr(self, name, getattr(self, name)[0])  # One file is a string, as documented.
 
 
 @dataclass
@@ -457,6 +462,8 @@ def check_masking(data_args):
         if not 0 <= getattr(data_args, name) <= 1:
             raise UserError(f"--{name} {getattr(data_args, name)} must be from 0 to 1")
     mask, random = data_args.mask_replace_prob, data_args.random_replace_prob
+    if mask == random == 0:
+        raise UserError("--mask_replace_prob 0 and --random_replace_prob 0 hide no token; raise one of them")
     if mask + random > 1:
         raise UserError(f"--mask_replace_prob {mask} and --random_replace_prob {random} must not add up to more than 1")
 
@@ -675,9 +682,9 @@ def needed_splits(raw_datasets, training_args):
 
 
 def find_files(split, names):
-    """Return the files that names and globs stand for; raises `UserError` where there is none."""
+    """Return the files that a name or a list of them stands for, globs included; raises `UserError` where none is."""
     found = []
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         files = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
         if not files:
             raise UserError(f"--{split}_file {name}: no such file")
@@ -718,10 +725,10 @@ def add_word_references(dataset, path):
     for number, line in enumerate(lines, 1):
         try:
             positions = json.loads(line) if line else None
-            if line and not all(type(position) is int and position >= 0 for position in positions):
+            if line and not all(type(position) is int and 0 <= position < 2**63 for position in positions):
                 raise ValueError
-            references.append(pa.scalar(positions, pa.list_(pa.int64())))
-        except (ValueError, TypeError, RecursionError, OverflowError):
+            references.append(positions)
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{path}, line {number}: {line[:40]!r} is not a JSON list of positions") from None
     dataset = dataset.add_column("continues_word", pa.array(references, pa.list_(pa.int64())))
     return dataset.add_column("reference_line", pa.array(range(1, len(lines) + 1), pa.int64()))
@@ -828,25 +835,23 @@ class TextEncoder:
     def word_flags(self, token_ids, encodings):
         """Return, beside list<int32>, list<uint8>: 1 where a token continues a word.
 
-        A word ends with its word id, and at a space: tokenizers that split nothing beforehand give one id to all.
+        A word ends with its word id, and before a space: tokenizers that split nothing beforehand give one id to all.
         """
         ids, offsets = token_ids.flatten().to_numpy(), token_ids.offsets
         words = pa.array([encoding.word_ids for encoding in encodings], pa.list_(pa.int32()))
         words = words.flatten().fill_null(-1).to_numpy()
-        begins, ends = self.word_borders
         flags = np.zeros(len(ids) + 1, np.uint8)
-        flags[1:-1] = (words[1:] == words[:-1]) & (words[1:] >= 0) & ~begins[ids[1:]] & ~ends[ids[:-1]]
+        flags[1:-1] = (words[1:] == words[:-1]) & (words[1:] >= 0) & ~self.begins_word[ids[1:]]
         flags[offsets.to_numpy()] = 0  # Each text begins a word.
         return pa.ListArray.from_arrays(offsets, pa.array(flags[:-1]))
 
     @functools.cached_property
-    def word_borders(self):
-        """Whether a token id begins, and whether it ends, with a space: bool [V] each; a space alone only begins."""
+    def begins_word(self):
+        """Whether a token id begins with a space: bool [V]."""
         vocabulary = self.tokenizer.get_vocab()
-        borders = np.zeros((2, max(vocabulary.values()) + 1), bool)
-        for token, i in vocabulary.items():
-            borders[:, i] = token.startswith(SPACE_MARKS), token.endswith(SPACE_MARKS) and token not in SPACE_MARKS
-        return borders
+        lookup = np.zeros(max(vocabulary.values()) + 1, bool)
+        lookup[[i for token, i in vocabulary.items() if token.startswith(SPACE_MARKS)]] = True
+        return lookup
 
     def reference_flags(self, table, columns):
         """Return, beside the rows of `columns`, list<uint8> of the reference positions as far as truncation goes."""
@@ -1045,7 +1050,8 @@ def with_features(stream):
 def read_stream(stream, limit):
     """Return the texts of a stream, the first `limit` if it is not None, as a data set in memory."""
     stream = with_features(stream if limit is None else stream.take(limit))
-    tables = list(stream.with_format("arrow").iter(STREAM_BATCH))
+    with user_errors("the streamed validation data"):
+        tables = list(stream.with_format("arrow").iter(STREAM_BATCH))
     schema = stream.features.arrow_schema
     return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables([schema.empty_table(), *tables])))
 
@@ -1147,9 +1153,10 @@ class StreamedDataset:
         kinds = {"input_ids": np.int32, "continues_word": np.uint8}
         encoder.left_over = {name: np.array(values, kinds[name]) for name, values in state["left_over"].items()}
         before = {"raw": state["raw"], "left_over": state["left_over"]}
-        for texts in raw.iter(STREAM_BATCH):
-            yield before, len(texts), encoder(texts)
-            before = {"raw": raw.state_dict(), "left_over": dict(encoder.left_over)}
+        with user_errors("the streamed training data"):
+            for texts in raw.iter(STREAM_BATCH):
+                yield before, len(texts), encoder(texts)
+                before = {"raw": raw.state_dict(), "left_over": dict(encoder.left_over)}
 
     def rows(self, state):
         """Yield (what of the state changes before the row, {column: array}) of the rows to the end of the pass."""

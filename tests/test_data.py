@@ -225,6 +225,26 @@ def test_a_second_run_of_either_script_reads_the_cache(tokenizer, text_files, co
             assert rows(again["train"]) == rows(expected["train"])
 
 
+@pytest.mark.parametrize("settings", [{"line_by_line": "true", "whole_word_mask": True}, {"line_by_line": "false"}])
+@pytest.mark.parametrize("first", SCRIPTS)
+def test_what_one_script_only_tokenizes_the_other_trains_on(
+    small_model, text_files, tmp_path, monkeypatch, caplog, count_encoded, settings, first
+):
+    settings = {"model_name_or_path": small_model, "max_seq_length": LENGTH, **text_files, **settings}
+    settings |= {"lr_scheduler_type": "linear"}
+    other = next(name for name in SCRIPTS if name != first)
+    one, other = importlib.import_module(first), importlib.import_module(other)
+    assert one.main(flags(output_dir=tmp_path / "nothing", **settings)) == {}
+    assert "Nothing was trained or evaluated" in caplog.text
+    assert "unknown tokens" in caplog.text
+    assert sum(count_encoded) > 100
+    count_encoded.clear()
+    results = other.main(flags(output_dir=tmp_path / "o", do_train=True, do_eval=True, max_steps=2, **settings))
+    assert results["train_loss"] > 0 < results["eval_loss"]
+    assert not count_encoded
+    assert not (tmp_path / "nothing").exists() or not list((tmp_path / "nothing").rglob("*.json"))
+
+
 def test_a_split_of_the_training_data_is_cached_too(script, tokenizer, text_files, count_encoded):
     tokenize(script, tokenizer, train_file=text_files["train_file"])
     assert count_encoded
@@ -250,6 +270,8 @@ def test_what_decides_the_rows_decides_the_cache(script, tokenizer, tmp_path, te
         (tokenizer, {"line_by_line": "true"}),
         (tokenizer, {"line_by_line": "true", "max_seq_length": 15}),
         (tokenizer, {"line_by_line": "false"}),
+        (tokenizer, {"line_by_line": "false", "whole_word_mask": True}),
+        (tokenizer, {"line_by_line": "true", "whole_word_mask": True}),
         (other, {"line_by_line": "false"}),
         (lowered, {"line_by_line": "false"}),
     ]
@@ -259,6 +281,7 @@ def test_what_decides_the_rows_decides_the_cache(script, tokenizer, tmp_path, te
         count_encoded.clear()
         tokenize(script, used, **settings, **text_files)
         mode = (id(used), settings.get("max_seq_length", LENGTH), settings.get("line_by_line", default))
+        mode += (settings.get("whole_word_mask", False),)
         assert bool(count_encoded) == (mode not in seen), mode
         seen.add(mode)
 
@@ -405,25 +428,6 @@ def test_references_follow_the_validation_split(script, tokenizer, tmp_path):
     )
     assert word_flags(tokenized["validation"]) == references[:10]
     assert word_flags(tokenized["train"]) == references[10:]
-
-
-@pytest.mark.parametrize(
-    ("references", "message"),
-    [
-        (["[]", "[]"], "2 lines, its text 3"),
-        (["[]", "2 3", "[]"], "line 2: '2 3' is not a JSON list"),
-        (["[]", "[]", '["two"]'], "line 3: .* is not a JSON list"),
-    ],
-)
-def test_wrong_reference_files_are_named(script, tokenizer, tmp_path, references, message):
-    with pytest.raises(script.UserError, match=f"train.ref.*{message}"):
-        tokenize(
-            script,
-            tokenizer,
-            train_file=write_lines(tmp_path / "train.txt", sentences(3)),
-            train_ref_file=write_lines(tmp_path / "train.ref", references),
-            line_by_line="true",
-        )
 
 
 def test_references_need_their_text_and_line_by_line(script, text_files, tmp_path):

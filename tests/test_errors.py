@@ -137,6 +137,8 @@ NUMBERS = [
     number("mlm_probability", 0),
     number("mlm_probability", -0.1),
     number("mlm_probability", "nan"),
+    number("eval_mlm_probability", 0),
+    number("eval_mlm_probability", 2),
     number("mask_replace_prob", 1.5),
     number("random_replace_prob", -1),
     number("dropout_rate", 1),
@@ -166,6 +168,7 @@ NUMBERS = [
     number("seed", -1),
     number("validation_split_percentage", 0),
     number("validation_split_percentage", 100),
+    Mistake("nothing hidden", lambda place: {"mask_replace_prob": 0, "random_replace_prob": 0}, ["prob 0", "raise"]),
     Mistake("all probabilities", lambda place: {"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, ["0.8", "0.3"]),
     Mistake("max_seq_length=2", lambda place: {"max_seq_length": 2}, ["--max_seq_length 2", "3 or more"]),
 ]
