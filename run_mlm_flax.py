@@ -47,17 +47,26 @@ from typing import Any, Optional
 if __name__ == "__main__":
     os.environ.setdefault("USE_TORCH", "0")  # As a program: start without importing a PyTorch that is not used.
 
+try:
+    import fcntl
+except ImportError:  # There is none on Windows.
+    fcntl = None
+
 import datasets
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pyarrow as pa
+import pyarrow.compute as pc
 from flax import jax_utils, serialization
 from flax import linen as nn
 from flax.training import train_state
 from flax.traverse_util import flatten_dict, unflatten_dict
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session, reset_sessions
 from jax import lax
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import (
@@ -92,18 +101,33 @@ LINE_BY_LINE_DEFAULT = True  # The documented default of this script: each text 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 MAX_SHAPES = 6  # Lengths that line-by-line batches are padded to: each one is a compilation.
 FILE_FORMATS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+# What the loaders need to give exactly the text: no byte-order mark, and "NA" is no missing value.
+READING = {"text": {"encoding": "utf-8-sig"}, "csv": {"keep_default_na": False}}
 # These count positions from behind the padding id, so the first pad_token_id + 1 of them are never used.
 OFFSET_POSITIONS = (
     *("camembert", "data2vec-text", "esm", "ibert", "longformer", "luke", "mpnet", "roberta"),
     *("roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 )
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits are usually "no limit", and attention is quadratic.
+SPACE_MARKS = ("▁", "Ġ", " ")  # How vocabularies write the space before a word.
 IGNORED_LABEL = -100
 FOREIGN_FILE = "optimizer.pt"  # In a checkpoint of the other script.
+NULL_ROW = re.compile(rb"(\xef\xbb\xbf)?\s*\[?\s*null")  # At the beginning of a JSON file; PyArrow crashes there.
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_FIX = "resume from another checkpoint"
+FOLDER_FIX = "mend the folder, or copy it anew"
+HUB_FIX = "a hub name needs a network that reaches the hub; a local folder works without"
+WEIGHTS_FIX = "whole weights that belong to the configuration are needed"
+RESIZE_FIX = "name the model's own in --tokenizer_name"
 DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none leaves this much.
 UNFINISHED = ".unfinished"  # Where a checkpoint or a model is written before it is renamed into place.
 EVAL_EPOCH = 2**63  # No training epoch: evaluation draws its own masks, the same ones every time.
+MAX_LISTED = 100  # Sample indices in an error message.
+ORDER_KEYS = 2**62  # No index of a sample: the order of a block draws other numbers than masks do.
+STREAM_STATE = "stream_state.json"  # In a checkpoint: where the stream was.
+STREAM_BATCH = 256  # Texts of a stream tokenized together: enough for all cores, few enough for long texts.
+STREAMED_VALIDATION = 1000  # Texts taken from a stream without a validation split.
+PROBED_SAMPLES = 200_000  # Enough to expect the padding of more.
 LENGTH_WINDOW = 50  # Batches sorted by length together: enough for like lengths, few enough to stay random.
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,10 +182,11 @@ class DataTrainingArguments:
 
     dataset_name: Optional[str] = HfArg(default=None, help="Data set: a hub name or a folder.")
     dataset_config_name: Optional[str] = HfArg(default=None, help="Configuration of the data set.")
-    train_file: Optional[str] = HfArg(
-        default=None, help="Training text: " + ", ".join(FILE_FORMATS) + "; a glob names several files."
+    train_file: Optional[list[str]] = HfArg(
+        default=None,
+        help="Training text: files or globs of one of the formats " + ", ".join(FILE_FORMATS) + "; .gz and .zst too.",
     )
-    validation_file: Optional[str] = HfArg(default=None, help="Validation text, in the same formats.")
+    validation_file: Optional[list[str]] = HfArg(default=None, help="Validation text, in the same formats.")
     train_ref_file: Optional[str] = HfArg(
         default=None,
         help="Word references of train_file (Chinese whole-word masking, line by line): line i is a JSON list "
@@ -171,7 +196,8 @@ class DataTrainingArguments:
         default=None, help="Word references of validation_file, in the same format."
     )
     text_column_name: Optional[str] = HfArg(
-        default=None, help="Column that holds the text (default: `text`, or else the first column)."
+        default=None,
+        help="Column that holds the text, data.body for a nested field (default: `text`, or else the first column).",
     )
     overwrite_cache: bool = HfArg(default=False, help="Tokenize again even if a cached result exists.")
     validation_split_percentage: Optional[int] = HfArg(
@@ -184,6 +210,16 @@ class DataTrainingArguments:
         default=None, help="Processes that tokenize (default: one process, all cores)."
     )
     mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
+    eval_mlm_probability: Optional[float] = HfArg(
+        default=None, help="The same share in evaluation (default: mlm_probability)."
+    )
+    mask_replace_prob: float = HfArg(default=0.8, help="Share of the chosen tokens that become the mask token.")
+    random_replace_prob: float = HfArg(
+        default=0.1, help="Share of the chosen tokens that become a random token; the others stay."
+    )
+    whole_word_mask: bool = HfArg(
+        default=False, help="Choose whole words, not single tokens (needs a fast tokenizer, which knows the words)."
+    )
     line_by_line: bool = HfArg(
         default=LINE_BY_LINE_DEFAULT,
         help="Each text is a sample of its own (true), or texts are joined and cut into rows (false).",
@@ -191,10 +227,19 @@ class DataTrainingArguments:
     pad_to_max_length: bool = HfArg(
         default=False, help="Pad every batch to max_seq_length (default: to its longest sample)."
     )
+    streaming: bool = HfArg(
+        default=False, help="Tokenize while training reads, for text larger than disk or memory (needs max_steps)."
+    )
+    shuffle_buffer_size: int = HfArg(default=10_000, help="Samples that are shuffled together when streaming.")
     max_train_samples: Optional[int] = HfArg(default=None, help="Train on the first so many samples only.")
     max_val_samples: Optional[int] = HfArg(
         default=None, help="Evaluate on the first so many samples only.", aliases=["--max_eval_samples"]
     )
+
+    def __post_init__(self):
+        for name in ("train_file", "validation_file"):
+            if isinstance(getattr(self, name), list) and len(getattr(self, name)) == 1:
+                setattr(self, name, getattr(self, name)[0])  # One file is a string, as documented.
 
 
 @dataclass
@@ -239,8 +284,10 @@ class TrainingArguments:
     )
     seed: int = HfArg(default=42, help="Seed of new weights, dropout, order and masks.")
     bf16: bool = HfArg(default=False, help="Compute in bfloat16; the weights stay float32.")
+    debug: bool = HfArg(default=False, help="Show the traceback of an error.")
 
     def __post_init__(self):
+        check_ranges(self)
         for name in ("eval_strategy", "save_strategy"):
             if getattr(self, name) not in ("no", "steps", "epoch"):
                 raise ValueError(f"--{name} {getattr(self, name)} must be no, steps or epoch")
@@ -258,11 +305,18 @@ class TrainingArguments:
         """Samples of one optimizer step on all devices."""
         return self.train_batch_size * self.gradient_accumulation_steps * jax.device_count()
 
+    @property
+    def writes_results(self):
+        """Whether this process writes to `output_dir`."""
+        return (self.do_train or self.do_eval) and self.should_log
+
 
 class ArgumentParser(HfArgumentParser):
     """An `HfArgumentParser` that raises `UserError` instead of printing its usage."""
 
     def error(self, message):
+        if "--use_auth_token" in message:
+            message = "--use_auth_token is true or false; a token goes with --token"  # Never shown.
         raise UserError(message)
 
 
@@ -272,10 +326,48 @@ def build_parser():
     return ArgumentParser(groups, allow_abbrev=False, description=__doc__.splitlines()[0])
 
 
+def argument_names():
+    """Return the names of all arguments, as a JSON file writes them."""
+    items = [
+        item
+        for group in (ModelArguments, DataTrainingArguments, TrainingArguments)
+        for item in fields(group)
+        if item.init
+    ]
+    names = [name for item in items for name in (item.name, *item.metadata.get("aliases", ()))]
+    return [name.lstrip("-") for name in names] + [f"no_{item.name}" for item in items if item.default is True]
+
+
+def foreign_argument_names():
+    """Return the names of the arguments that `run_mlm.py` alone reads."""
+    return """
+    accelerator_config adafactor auto_find_batch_size average_tokens_across_devices batch_eval_metrics
+    bf16_full_eval data_seed dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory
+    dataloader_prefetch_factor ddp_backend ddp_broadcast_buffers ddp_bucket_cap_mb ddp_find_unused_parameters
+    ddp_timeout deepspeed disable_tqdm do_predict eval_accumulation_steps eval_delay eval_do_concat_batches
+    eval_on_start eval_use_gather_object fp16 fp16_backend fp16_full_eval fp16_opt_level fsdp fsdp_config
+    fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap full_determinism gradient_checkpointing
+    gradient_checkpointing_kwargs greater_is_better half_precision_backend hub_always_push hub_model_id
+    hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip include_for_metrics
+    include_inputs_for_metrics include_num_input_tokens_seen include_tokens_per_second jit_mode_eval label_names
+    length_column_name liger_kernel_config load_best_model_at_end local_rank log_level log_level_replica
+    log_on_each_node logging_dir logging_first_step logging_nan_inf_filter logging_strategy lr_scheduler_kwargs
+    metric_for_best_model mp_parameters neftune_noise_alpha no_average_tokens_across_devices no_cuda
+    no_dataloader_pin_memory no_eval_do_concat_batches no_log_on_each_node no_logging_nan_inf_filter
+    no_remove_unused_columns no_save_safetensors no_skip_memory_metrics optim optim_args optim_target_modules
+    parallelism_config past_index per_gpu_eval_batch_size per_gpu_train_batch_size prediction_loss_only project
+    push_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token ray_scope remove_unused_columns
+    report_to restore_callback_states_from_checkpoint run_name save_on_each_node save_only_model save_safetensors
+    skip_memory_metrics tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
+    torchdynamo tpu_metrics_debug tpu_num_cores trackio_space_id use_cpu use_legacy_prediction_loop use_liger_kernel
+    use_mps_device warmup_ratio
+    """.split()
+
+
 def read_json_config(path):
     """Return the flags that a JSON object of settings stands for; `null` leaves a setting at its default.
 
-    Raises `UserError` for a file that cannot be read, is not an object, or names a key twice.
+    Raises `UserError` for a file that cannot be read, is not an object, names a key twice or one that there is not.
     """
 
     def unique(pairs):
@@ -294,15 +386,25 @@ def read_json_config(path):
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save the file as UTF-8") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; mend the JSON") from None
+    except RecursionError:
+        raise UserError(f"{path}: nested too deeply; it must be an object of settings") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: holds a JSON {type(settings).__name__}; it must be an object of settings")
     flags = []
     for key, value in settings.items():
+        if key.replace("-", "_") not in argument_names():
+            raise UserError(f"{path}: {unknown_argument_message(f'--{key}')}")
         if isinstance(value, list):
-            flags += [f"--{key}", *map(str, value)]
+            flags += [f"--{key}", *map(str, value or ["none"] * (key == "report_to"))]
         elif value is not None:
             flags.append(f"--{key}={value if isinstance(value, str) else json.dumps(value)}")
     return flags
+
+
+def expand_flags(argv=None):
+    """Return the command line as a list of strings (default: that of this process), a JSON file at its start read."""
+    argv = sys.argv[1:] if argv is None else [str(argument) for argument in argv]
+    return read_json_config(argv[0]) + argv[1:] if argv and argv[0].endswith(".json") else argv
 
 
 def parse_args(argv=None):
@@ -310,18 +412,16 @@ def parse_args(argv=None):
 
     `argv` is a list of strings (default: the command line). Raises `UserError` for anything not understood.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = expand_flags(argv)
     parser = build_parser()
-    if argv and argv[0].endswith(".json"):
-        argv = read_json_config(argv[0]) + argv[1:]
     try:
         *groups, unknown = parser.parse_args_into_dataclasses(
             argv, return_remaining_strings=True, look_for_args_file=False
         )
     except UserError:
         raise
-    except (ValueError, ImportError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except Exception as error:  # The Trainer's arguments raise many kinds.
+        raise UserError(f"{error or type(error).__name__}") from error
     if unknown:
         raise UserError(unknown_argument_message(unknown[0]))
     check_args(*groups)
@@ -331,10 +431,9 @@ def parse_args(argv=None):
 def unknown_argument_message(argument):
     """Return the error line for an argument that no group has, with the closest name that one has."""
     name = argument.lstrip("-").split("=")[0]
-    known = [
-        item.name for group in (ModelArguments, DataTrainingArguments, TrainingArguments) for item in fields(group)
-    ]
-    closest = difflib.get_close_matches(name, known, n=1)
+    if name in foreign_argument_names():
+        return f"{name} is an argument of run_mlm.py alone; leave it out here"
+    closest = difflib.get_close_matches(name, argument_names(), n=1)
     hint = f"did you mean {closest[0]}?" if closest else "--help lists all flags"
     return (
         f"{name} is not an argument of this script; {hint}"
@@ -354,74 +453,209 @@ def check_args(model_args, data_args, training_args):
     if model_args.model_name_or_path and model_args.config_overrides:
         raise UserError("--config_overrides is for new models; leave it out together with --model_name_or_path")
     if model_args.model_type and model_args.model_type not in MODEL_TYPES:
-        closest = difflib.get_close_matches(model_args.model_type, MODEL_TYPES, n=3) or MODEL_TYPES
-        raise UserError(f"--model_type {model_args.model_type} is unknown here; known: {', '.join(closest)}")
+        check_model_type(f"--model_type {model_args.model_type}", model_args.model_type)
     if not (data_args.dataset_name or data_args.train_file or data_args.validation_file):
         raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
     if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
         raise UserError("--do_train needs --train_file or --dataset_name")
-    check_ranges(model_args, data_args, training_args)
-    if not 0 < data_args.mlm_probability <= 1:
-        raise UserError(f"--mlm_probability {data_args.mlm_probability} must be above 0 and at most 1")
+    check_ranges(model_args)
+    check_ranges(data_args)
+    check_masking(data_args)
+    check_streaming(data_args, training_args)
     if data_args.validation_split_percentage is None or not 1 <= data_args.validation_split_percentage <= 99:
         raise UserError(f"--validation_split_percentage {data_args.validation_split_percentage} must be from 1 to 99")
     for text, reference in (("train_file", "train_ref_file"), ("validation_file", "validation_ref_file")):
         if getattr(data_args, reference) and not (getattr(data_args, text) and data_args.line_by_line):
             raise UserError(f"--{reference} goes with --{text} and --line_by_line true")
+        if getattr(data_args, reference) and data_args.whole_word_mask:
+            raise UserError(f"--whole_word_mask and --{reference} both say what a word is; give one of them")
 
 
-def check_ranges(model_args, data_args, training_args):
-    """Raise `UserError` for the first number that is out of its range."""
-    positive = "train_batch_size eval_batch_size gradient_accumulation_steps logging_steps".split()
-    positive += [] if training_args.max_steps > 0 else ["num_train_epochs"]
-    for name in positive:
-        if getattr(training_args, name) <= 0:
-            raise UserError(f"--{name} {getattr(training_args, name)} must be above 0")
-    for name in "learning_rate warmup_steps weight_decay".split():
-        if getattr(training_args, name) < 0:
-            raise UserError(f"--{name} {getattr(training_args, name)} must not be below 0")
-    for name in "max_train_samples max_val_samples preprocessing_num_workers".split():
-        if getattr(data_args, name) is not None and getattr(data_args, name) <= 0:
-            raise UserError(f"--{name} {getattr(data_args, name)} must be above 0")
-    if not 0 <= training_args.label_smoothing_factor < 1:
-        raise UserError(f"--label_smoothing_factor {training_args.label_smoothing_factor} must be from 0 to below 1")
-    if model_args.dropout_rate is not None and not 0 <= model_args.dropout_rate < 1:
-        raise UserError(f"--dropout_rate {model_args.dropout_rate} must be from 0 to below 1")
-    if not 0 <= training_args.seed < 2**32:
-        raise UserError(f"--seed {training_args.seed} must be from 0 to 4294967295")
+def check_model_type(subject, model_type):
+    """Raise `UserError`, with the architectures that there are, for one that has no masked-LM model in this script."""
+    if model_type in MODEL_TYPES:
+        return
+    closest = difflib.get_close_matches(model_type, MODEL_TYPES, n=3)
+    if model_type in CONFIG_MAPPING or not closest:
+        raise UserError(f"{subject}: no masked-LM model of type {model_type!r} here; known: {', '.join(MODEL_TYPES)}")
+    raise UserError(f"{subject}: {model_type!r} is unknown; did you mean {' or '.join(closest)}?")
+
+
+def check_ranges(group):
+    """Raise `UserError` for the first number of an argument group that is out of its range."""
+    settings = vars(group)
+    given = {name: value for name, value in settings.items() if type(value) in (int, float)}
+    for name, value in given.items():
+        if not math.isfinite(value):
+            raise UserError(f"--{name} {value} must be a finite number")
+    positive = "train_batch_size eval_batch_size per_device_train_batch_size per_device_eval_batch_size max_seq_length "
+    positive += "gradient_accumulation_steps logging_steps eval_steps save_steps save_total_limit adam_epsilon "
+    positive += "max_train_samples max_val_samples preprocessing_num_workers shuffle_buffer_size "
+    positive += "" if settings.get("max_steps", -1) > 0 else "num_train_epochs"
+    for name in positive.split():
+        if given.get(name, 1) <= 0:
+            raise UserError(f"--{name} {given[name]} must be above 0")
+    for name in "learning_rate warmup_steps weight_decay max_grad_norm".split():
+        if given.get(name, 0) < 0:
+            raise UserError(f"--{name} {given[name]} must not be below 0")
+    for name in "adam_beta1 adam_beta2 label_smoothing_factor dropout_rate".split():
+        if not 0 <= given.get(name, 0) < 1:
+            raise UserError(f"--{name} {given[name]} must be from 0 to below 1")
+    if given.get("max_steps", -1) == 0 or given.get("max_steps", -1) < -1:
+        raise UserError(f"--max_steps {given['max_steps']} must be above 0, or -1 for --num_train_epochs")
+    if not 0 <= given.get("seed", 0) < 2**32:
+        raise UserError(f"--seed {given['seed']} must be from 0 to 4294967295")
+
+
+def check_masking(data_args):
+    """Raise `UserError` for shares of tokens that cannot be."""
+    for name in ("mlm_probability", "eval_mlm_probability"):
+        value = getattr(data_args, name)
+        if value is not None and not 0 < value <= 1:
+            raise UserError(f"--{name} {value} must be above 0 and at most 1")
+    for name in ("mask_replace_prob", "random_replace_prob"):
+        if not 0 <= getattr(data_args, name) <= 1:
+            raise UserError(f"--{name} {getattr(data_args, name)} must be from 0 to 1")
+    mask, random = data_args.mask_replace_prob, data_args.random_replace_prob
+    if mask == random == 0:
+        raise UserError("--mask_replace_prob 0 and --random_replace_prob 0 hide no token; raise one of them")
+    if mask + random > 1:
+        raise UserError(f"--mask_replace_prob {mask} and --random_replace_prob {random} must not add up to more than 1")
+
+
+def check_streaming(data_args, training_args):
+    """Raise `UserError` for settings that a stream, whose length is not known, does not go with."""
+    if data_args.shuffle_buffer_size <= 0:
+        raise UserError(f"--shuffle_buffer_size {data_args.shuffle_buffer_size} must be above 0")
+    if not data_args.streaming:
+        return
+    if training_args.do_train and training_args.max_steps <= 0:
+        raise UserError("--streaming needs --max_steps: the length of a stream is not known")
+    if not (training_args.do_train or training_args.do_eval):
+        raise UserError("--streaming fills no cache: give --do_train or --do_eval, or leave it out to tokenize only")
+    for name in ("train_ref_file", "validation_ref_file", "preprocessing_num_workers"):
+        if getattr(data_args, name):
+            raise UserError(f"--{name} does not work with --streaming; leave out one of them")
 
 
 def exit_on_user_error(main):
-    """Decorate `main` to print a `UserError` as one line on stderr and exit with status 2 (MLM_DEBUG=1: traceback)."""
+    """Decorate `main` to print a `UserError` as one line on stderr and exit with status 2 (`--debug`: traceback)."""
 
     @functools.wraps(main)
-    def wrapped(*args, **kwargs):
+    def wrapped(argv=None):
         try:
-            return main(*args, **kwargs)
+            return main(argv)
         except UserError as error:
-            if os.environ.get("MLM_DEBUG") == "1":
+            if wants_traceback(argv):
                 raise
+            for bar in list(tqdm._instances):
+                bar.close()  # The message begins a line.
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(2) from None
 
     return wrapped
 
 
+def wants_traceback(argv):
+    """Return whether `--debug` or MLM_DEBUG=1 asks for the traceback of an error."""
+    with contextlib.suppress(UserError):
+        argv = expand_flags(argv)
+    asked = re.search(r"(^|\s)--debug([\s=]true)?(\s--|$)", " ".join(map(str, argv or [])), re.IGNORECASE)
+    return bool(asked) or os.environ.get("MLM_DEBUG") == "1"
+
+
 @contextlib.contextmanager
-def user_errors(subject):
-    """Within, what the libraries raise for a wrong name or a broken file is a `UserError` about `subject`."""
+def user_errors(subject, fix=""):
+    """Within, whatever the libraries raise for a wrong name or a broken file is a `UserError` about `subject`."""
     try:
         yield
     except UserError:
         raise
-    except (OSError, ArithmeticError, ImportError, LookupError, StopIteration, TypeError, ValueError) as error:
-        raise UserError(f"{subject}: {error.__cause__ or error or type(error).__name__}") from error
-    except datasets.exceptions.DatasetsError as error:
-        raise UserError(f"{subject}: {error.__cause__ or error}") from error
+    except Exception as error:
+        cause = str(error.__cause__ or error).strip() or type(error).__name__
+        raise UserError(f"{subject}: {cause}{fix and '; '}{fix}") from error
+
+
+def check_inputs(model_args, data_args):
+    """Raise `UserError` for files and folders that cannot be what their flag says, before anything is loaded."""
+    for split in ("train", "validation"):
+        files = getattr(data_args, f"{split}_file")
+        if files and not data_args.dataset_name:
+            check_data_files(split, files)
+        references = getattr(data_args, f"{split}_ref_file")
+        if references and not os.path.isfile(references):
+            raise UserError(f"--{split}_ref_file {references}: no such file")
+    names = {flag: getattr(model_args, flag) for flag in ("model_name_or_path", "config_name", "tokenizer_name")}
+    for flag, name in names.items():
+        if name and os.path.isdir(name):
+            check_model_folder(flag, name, names)
+        elif name and not os.path.exists(name) and name.startswith((".", "/", "~")) and ".ckpt" not in name:
+            raise UserError(f"--{flag} {name}: no such folder")
+    check_hub([name for name in (*names.values(), data_args.dataset_name) if name and not os.path.exists(name)])
+
+
+def check_data_files(split, names):
+    """Raise `UserError` where a data file is missing, a folder, empty, or of no known format."""
+    for name in names:
+        if os.path.isdir(name):
+            raise UserError(f"--{split}_file {name} is a folder; name its files, as in '{os.path.join(name, '*.txt')}'")
+    files = find_files(split, names)
+    file_format(split, files)
+    for file in files:
+        if os.path.getsize(file) == 0:
+            raise UserError(f"--{split}_file {file} is empty; give a file with text")
+        with user_errors(f"--{split}_file {file}"), open(file, "rb") as content:
+            if file.lower().endswith((".json", ".jsonl")) and NULL_ROW.match(content.read(4096)):
+                raise UserError(f"--{split}_file {file}: its first row is null; leave it out")
+
+
+def check_model_folder(flag, folder, names):
+    """Raise `UserError` where a model folder lacks its configuration or weights, or holds broken ones."""
+    subject, found = f"--{flag} {folder}", sorted(os.listdir(folder))
+    if flag == "config_name" or (flag == "model_name_or_path" and not names["config_name"]):
+        path = os.path.join(folder, "config.json")
+        try:
+            with open(path, encoding="utf-8") as file:
+                settings = json.load(file)
+        except OSError:
+            raise UserError(f"{subject} holds no config.json; name a folder that save_pretrained wrote") from None
+        except ValueError as error:
+            raise UserError(f"{subject}: config.json is corrupt ({error}); copy it anew") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"{subject}: config.json holds no JSON object; copy it anew")
+        if "auto_map" in settings and settings.get("model_type") not in CONFIG_MAPPING:
+            raise UserError(f"{subject} needs code of its own (auto_map), which is never run; name another model")
+    if flag != "model_name_or_path":
+        return
+    weights = re.compile(r"(model|pytorch_model|flax_model)\S*\.(safetensors|bin|msgpack)|model\.ckpt\S*")
+    if not any(weights.fullmatch(name) for name in found):
+        raise UserError(f"{subject} holds no weights (model.safetensors); for new ones give --config_name {folder}")
+    for name in found:
+        if name.endswith(".safetensors"):
+            with user_errors(f"{subject}: {name} is corrupt", "copy it anew"), safe_open(f"{folder}/{name}", "numpy"):
+                pass
+
+
+def check_hub(names):
+    """Where the hub cannot be reached, make the libraries look for these names in their caches, and nowhere else.
+
+    They would ask for each file of each name six times, for minutes.
+    """
+    if not names or constants.HF_HUB_OFFLINE:
+        return
+    for attempt in range(2):
+        try:
+            get_session().head(constants.ENDPOINT, timeout=10)
+            return
+        except OSError as error:
+            logger.info(f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}).")
+            time.sleep(1 - attempt)
+    constants.HF_HUB_OFFLINE = True
+    reset_sessions()
 
 
 def prepare_output_dir(training_args):
-    """Return the checkpoint folder to resume from, or None to start anew; the log says which.
+    """Return the checkpoint folder to resume from, or None to start anew.
 
     Raises `UserError` when training would write over results that are not a checkpoint's, unless told to.
     """
@@ -438,11 +672,9 @@ def prepare_output_dir(training_args):
         others = [os.path.realpath(path) for _, path in list_checkpoints(folder)] if os.path.isdir(folder) else []
         if os.path.realpath(named) in others[:-1]:
             raise UserError(f"--resume_from_checkpoint {named}: {others[-1]} is newer; name another --output_dir")
-        logger.info(f"Resuming from {named}.")
         return named
     content = set(os.listdir(folder)) if os.path.isdir(folder) else set()
     if training_args.overwrite_output_dir or content <= {UNFINISHED, "logs", "runs"}:
-        logger.info(f"Starting anew in {folder}.")
         return None
     checkpoint = find_checkpoint(folder)
     if checkpoint is None:
@@ -450,7 +682,6 @@ def prepare_output_dir(training_args):
             f"--output_dir {folder} is not empty and holds no checkpoint; name another folder, "
             "or write over it with --overwrite_output_dir"
         )
-    logger.info(f"Resuming from {checkpoint}; --overwrite_output_dir or another --output_dir starts anew.")
     return checkpoint
 
 
@@ -462,35 +693,43 @@ def prepare_output_dir(training_args):
 def load_raw_datasets(model_args, data_args):
     """Return {"train": Dataset, "validation": Dataset} of raw text, or the one of them that there is.
 
-    Where there is no validation data, it is the first `validation_split_percentage` percent of the training data.
+    With `streaming` they are `IterableDataset`s. Where there is no validation data, it is the first
+    `validation_split_percentage` percent of the training data; of a stream, the first `max_val_samples` texts.
     Raises `UserError` for files that do not exist or have no known format.
     """
+    options = {"streaming": data_args.streaming, **model_args.hub_options}
     if data_args.dataset_name:
-        with user_errors(f"--dataset_name {data_args.dataset_name}"):
-            raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **model_args.hub_options)
+        with user_errors(f"--dataset_name {data_args.dataset_name}", HUB_FIX):
+            raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **options)
     else:
         named = {"train": data_args.train_file, "validation": data_args.validation_file}
-        files = {
-            split: [name] if os.path.isfile(name) else sorted(glob.glob(name)) for split, name in named.items() if name
-        }
-        formats = {split: file_format(named[split], files[split]) for split in files}
+        files = {split: find_files(split, names) for split, names in named.items() if names}
+        formats = {split: file_format(split, found) for split, found in files.items()}
         raw = {}
-        for split in files:
-            with user_errors(f"--{split}_file {named[split]}"):
-                raw[split] = datasets.load_dataset(
-                    formats[split], data_files={split: files[split]}, split=split, **model_args.hub_options
-                )
+        for split, found in files.items():
+            with data_errors(split, data_args), user_errors(f"--{split}_file {' '.join(named[split])}"):
+                reading = options | READING.get(formats[split], {})
+                raw[split] = datasets.load_dataset(formats[split], data_files={split: found}, split=split, **reading)
     raw = {split: raw[split] for split in ("train", "validation") if split in raw}
+    if not raw:
+        raise UserError(f"--dataset_name {data_args.dataset_name} has neither a train nor a validation split")
+    check_texts(raw, data_args)
     for split, references in (("train", data_args.train_ref_file), ("validation", data_args.validation_ref_file)):
         if references:
             raw[split] = add_word_references(raw[split], references)
-    if "train" in raw and "validation" not in raw:
-        first = round(len(raw["train"]) * data_args.validation_split_percentage / 100)
-        raw["validation"] = raw["train"].select(range(first))
-        raw["train"] = raw["train"].select(range(first, len(raw["train"])))
-    if not raw:
-        raise UserError(f"--dataset_name {data_args.dataset_name} has neither a train nor a validation split")
-    return raw
+    if "validation" in raw:
+        return raw
+    return split_off_validation(raw["train"], data_args)
+
+
+def split_off_validation(raw, data_args):
+    """Return {"train", "validation"}, the beginning of the training data for validation; not one that is empty."""
+    if data_args.streaming:
+        first = data_args.max_val_samples or STREAMED_VALIDATION
+        return {"train": raw.skip(first), "validation": raw.take(first)}
+    first = round(len(raw) * data_args.validation_split_percentage / 100)
+    rows = {"train": range(first, len(raw)), "validation": range(first)}
+    return {split: raw.select(kept) for split, kept in rows.items() if kept}
 
 
 def needed_splits(raw_datasets, training_args):
@@ -499,38 +738,57 @@ def needed_splits(raw_datasets, training_args):
     return {split: raw for split, raw in raw_datasets.items() if wanted[split] or not any(wanted.values())}
 
 
-def file_format(name, files):
-    """Return the `datasets` loader for the files that `name` matched; raises `UserError` where there is none."""
-    if not files:
-        raise UserError(f"{name}: no such file")
-    extensions = {os.path.splitext(file)[1].lstrip(".").lower() for file in files}
-    unknown = extensions - FILE_FORMATS.keys()
-    if unknown:
-        raise UserError(
-            f"{name}: the extension {'.'.join(['', *sorted(unknown)])} is not one of {', '.join(FILE_FORMATS)}"
-        )
+def find_files(split, names):
+    """Return the files that a name or a list of them stands for, globs included; raises `UserError` where none is."""
+    found = []
+    for name in [names] if isinstance(names, str) else names:
+        files = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
+        if not files:
+            raise UserError(f"--{split}_file {name}: no such file")
+        found += files
+    return found
+
+
+def file_format(split, files):
+    """Return the `datasets` loader for the files of a split; raises `UserError` where there is none."""
+    extensions = set()
+    for file in files:
+        stem, compression = os.path.splitext(file.lower())
+        packed = compression in (".gz", ".zst")
+        extension = os.path.splitext(stem if packed else file.lower())[1].lstrip(".")
+        if extension not in FILE_FORMATS:
+            raise UserError(f"--{split}_file {file}: .{extension} is not one of {', '.join(FILE_FORMATS)}")
+        if packed and extension == "parquet":
+            raise UserError(f"--{split}_file {file}: parquet compresses its columns itself; unpack the file")
+        if compression == ".zst" and not datasets.config.ZSTANDARD_AVAILABLE:
+            raise UserError(f"--{split}_file {file}: reading .zst needs pip install zstandard")
+        extensions.add(extension)
     if len({FILE_FORMATS[extension] for extension in extensions}) > 1:
-        raise UserError(f"{name}: matches files of several formats ({', '.join(sorted(extensions))}); name one format")
+        raise UserError(f"--{split}_file: files of several formats ({', '.join(sorted(extensions))}); name one format")
     return FILE_FORMATS[extensions.pop()]
 
 
 def add_word_references(dataset, path):
-    """Return the data set with a column `continues_word`: of each line, the token positions that continue a word.
+    """Return the data set with the columns `continues_word` and `reference_line`, for line-by-line reading.
 
-    Line i of the file is a JSON list for line i of the text, blank lines included.
+    Line i of the file is a JSON list for line i of the text, blank lines included: the token positions that continue
+    the word before them. Raises `UserError` for another number of lines and for the first line that is no such list.
     """
     with user_errors(path), open(path, encoding="utf-8-sig") as file:
-        lines = file.read().splitlines()
+        lines = [line.strip() for line in file]
     if len(lines) != len(dataset):
         raise UserError(f"{path} has {len(lines)} lines, its text {len(dataset)}; write one reference line a text line")
     references = []
     for number, line in enumerate(lines, 1):
         try:
-            positions = json.loads(line or "[]")
-            references.append(pa.scalar(positions, pa.list_(pa.int32())))
-        except (ValueError, TypeError, pa.ArrowException):
+            positions = json.loads(line) if line else None
+            if line and not all(type(position) is int and 0 <= position < 2**63 for position in positions):
+                raise ValueError
+            references.append(positions)
+        except (ValueError, TypeError, RecursionError):
             raise UserError(f"{path}, line {number}: {line[:40]!r} is not a JSON list of positions") from None
-    return dataset.add_column("continues_word", pa.array(references, pa.list_(pa.int32())))
+    dataset = dataset.add_column("continues_word", pa.array(references, pa.list_(pa.int64())))
+    return dataset.add_column("reference_line", pa.array(range(1, len(lines) + 1), pa.int64()))
 
 
 def choose_max_seq_length(data_args, tokenizer, config):
@@ -563,37 +821,49 @@ def group_texts(token_ids, max_seq_length):
 
 
 class TextEncoder:
-    """Turn batches of text into rows of token ids, as the function of an Arrow-formatted `datasets.map`.
+    """Turn tables of texts into tables of token rows, as the function of an Arrow-formatted `datasets.map`.
 
-    Line by line, a text is a row (`input_ids: list<int32>`), truncated, blank texts left out. Otherwise all texts are
-    joined into rows of `max_seq_length` (`input_ids: fixed_size_list<int32>`); what a batch leaves over begins the
-    next one, so a pass drops less than one row.
+    Line by line, a text is a row, truncated, blank texts left out: `input_ids: list<int32>`, and `full_length: int32`,
+    its tokens before that. Otherwise all texts are joined into rows of `max_seq_length` (`input_ids:
+    fixed_size_list<int32>`); what a table leaves over begins the next one, so a pass drops less than one row.
+    With whole words, or word references from the file `references`, `continues_word: list<uint8>` beside `input_ids`
+    is 1 where a token continues the word of the token before it. Raises `UserError` for a reference to no token.
     """
 
-    def __init__(self, tokenizer, text_column, line_by_line, max_seq_length):
+    def __init__(self, tokenizer, text_column, line_by_line, max_seq_length, whole_words=False, references=None):
         self.tokenizer = tokenizer
         self.text_column = text_column
         self.line_by_line = line_by_line
         self.max_seq_length = max_seq_length
-        self.left_over = np.empty(0, np.int32)
+        self.whole_words = whole_words
+        self.references = references
+        self.left_over = {}
 
     def __call__(self, table):
         """Return the table of rows for a table of texts."""
-        texts = [text or "" for text in table[self.text_column].to_pylist()]
+        with user_errors("a text is not UTF-8"):  # Not all readers of `datasets` look.
+            texts = [text or "" for text in text_array(table, self.text_column).to_pylist()]
         if not self.line_by_line:
-            tokens = self.encode(texts).flatten().to_numpy()
-            rows, self.left_over = group_texts(np.concatenate([self.left_over, tokens]), self.max_seq_length)
-            return pa.table({"input_ids": pa.FixedSizeListArray.from_arrays(rows.ravel(), self.max_seq_length)})
+            return self.join(self.encode(texts))
         kept = [i for i, text in enumerate(texts) if text and not text.isspace()]
-        input_ids = self.encode([texts[i] for i in kept])
-        if "continues_word" not in table.column_names:
-            return pa.table({"input_ids": input_ids})
-        positions = table["continues_word"].take(pa.array(kept, pa.int64())).to_pylist()
-        flags = [word_flags(row, len(ids)) for row, ids in zip(positions, input_ids)]
-        return pa.table({"input_ids": input_ids, "continues_word": pa.array(flags, pa.list_(pa.bool_()))})
+        columns = self.encode([texts[i] for i in kept])
+        if self.references:
+            columns["continues_word"] = self.reference_flags(table.take(pa.array(kept, pa.int64())), columns)
+        return pa.table(columns)
+
+    def join(self, columns):
+        """Return the table of full rows of what was left over and the columns of all texts, joined."""
+        rows = {}
+        for name, column in columns.items():
+            values = column.flatten().to_numpy()
+            stream = np.concatenate([self.left_over.get(name, values[:0]), values])
+            full, self.left_over[name] = group_texts(stream, self.max_seq_length)
+            rows[name] = pa.FixedSizeListArray.from_arrays(full.ravel(), self.max_seq_length)
+        return pa.table(rows)
 
     def encode(self, texts):
-        """Return the token ids of the texts, special tokens included, as an Arrow list<int32> array."""
+        """Return {column: Arrow array} of the texts, special tokens included."""
+        columns, specials = {}, self.tokenizer.num_special_tokens_to_add()
         if self.tokenizer.is_fast:
             backend = self.tokenizer.backend_tokenizer
             backend.no_padding()
@@ -601,30 +871,177 @@ class TextEncoder:
                 backend.enable_truncation(self.max_seq_length)
             else:
                 backend.no_truncation()
-            token_ids = [encoding.ids for encoding in backend.encode_batch_fast(texts)]
-        elif self.line_by_line:
-            token_ids = self.tokenizer(texts, truncation=True, max_length=self.max_seq_length)["input_ids"]
+            # The faster one knows no words.
+            encodings = (backend.encode_batch if self.whole_words else backend.encode_batch_fast)(texts)
+            token_ids = [encoding.ids for encoding in encodings]
+            if self.line_by_line:
+                rests = [[len(rest.ids) - specials for rest in encoding.overflowing] for encoding in encodings]
+                full_lengths = [len(ids) + sum(rest) for ids, rest in zip(token_ids, rests)]
         else:
-            token_ids = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]
-        return pa.array(token_ids, pa.list_(pa.int32()))
+            whole = [self.tokenizer.encode(text, add_special_tokens=False, verbose=False) for text in texts]
+            limits = {"truncation": self.line_by_line, "max_length": self.max_seq_length if self.line_by_line else None}
+            token_ids = [self.tokenizer.prepare_for_model(ids, **limits, verbose=False)["input_ids"] for ids in whole]
+            full_lengths = [len(ids) + specials for ids in whole]
+        columns["input_ids"] = pa.array(token_ids, pa.list_(pa.int32()))
+        if self.line_by_line:
+            columns["full_length"] = pa.array(full_lengths, pa.int32())
+        if self.whole_words:
+            columns["continues_word"] = self.word_flags(columns["input_ids"], encodings)
+        return columns
+
+    def word_flags(self, token_ids, encodings):
+        """Return, beside list<int32>, list<uint8>: 1 where a token continues a word.
+
+        A word ends with its word id, and before a space: tokenizers that split nothing beforehand give one id to all.
+        """
+        ids, offsets = token_ids.flatten().to_numpy(), token_ids.offsets
+        words = pa.array([encoding.word_ids for encoding in encodings], pa.list_(pa.int32()))
+        words = words.flatten().fill_null(-1).to_numpy()
+        flags = np.zeros(len(ids) + 1, np.uint8)
+        flags[1:-1] = (words[1:] == words[:-1]) & (words[1:] >= 0) & ~self.begins_word[ids[1:]]
+        flags[offsets.to_numpy()] = 0  # Each text begins a word.
+        return pa.ListArray.from_arrays(offsets, pa.array(flags[:-1]))
+
+    @functools.cached_property
+    def begins_word(self):
+        """Whether a token id begins with a space: bool [V]."""
+        vocabulary = self.tokenizer.get_vocab()
+        lookup = np.zeros(max(vocabulary.values()) + 1, bool)
+        lookup[[i for token, i in vocabulary.items() if token.startswith(SPACE_MARKS)]] = True
+        return lookup
+
+    def reference_flags(self, table, columns):
+        """Return, beside the rows of `columns`, list<uint8> of the reference positions as far as truncation goes."""
+        special = self.tokenizer("a", return_special_tokens_mask=True)["special_tokens_mask"]
+        first = special.index(0) if 0 in special else 0
+        last = self.tokenizer.num_special_tokens_to_add() - first  # Special tokens at the end of a line.
+        lengths = zip(columns["input_ids"].value_lengths().to_pylist(), columns["full_length"].to_pylist())
+        lines = zip(table["reference_line"].to_pylist(), table["continues_word"].to_pylist())
+        flags = []
+        for (line, positions), (length, full_length) in zip(lines, lengths):
+            if positions is None:
+                raise UserError(f"{self.references}, line {line} is empty, but its text is not; write a JSON list")
+            for position in positions:
+                if not first <= position < full_length - last:
+                    raise UserError(
+                        f"{self.references}, line {line}: position {position} is no token of the text, whose tokens "
+                        f"are at {first} to {full_length - last - 1}"
+                    )
+            row = np.zeros(length, np.uint8)
+            row[[position for position in positions if position < length - last]] = 1
+            flags.append(row)
+        return pa.array(flags, pa.list_(pa.uint8()))
 
 
-def word_flags(positions, length):
-    """Return bool [length], true at the given token positions as far as truncation left them."""
-    flags = np.zeros(length, bool)
-    flags[[position for position in positions if position < length]] = True
-    return flags
+def text_array(table, column):
+    """Return a column of an Arrow table: by its name, or by the path of a nested field (`data.body`)."""
+    if column in table.column_names:
+        return table[column]
+    name, *path = column.split(".")
+    return pc.struct_field(table[name], path)
+
+
+def column_kinds(features, prefix=""):
+    """Return {name: feature} of the columns of a data set, the fields of nested ones by their paths."""
+    kinds = {}
+    for name, kind in features.items():
+        kinds |= column_kinds(kind, f"{prefix}{name}.") if isinstance(kind, dict) else {f"{prefix}{name}": kind}
+    return kinds
+
+
+@contextlib.contextmanager
+def data_errors(split, data_args):
+    """Within, a `UserError` about the texts of a split says in which data file, and where in it, the fault is."""
+    try:
+        yield
+    except UserError as error:
+        names = getattr(data_args, f"{split}_file") or data_args.train_file
+        for file in [] if data_args.dataset_name else find_files(split, names):
+            fault = find_fault(file)
+            if fault:
+                raise UserError(f"--{split}_file {file}{fault}") from error
+        raise
+
+
+def find_fault(path):
+    """Return what is wrong with a text file, "" where that is not found: bytes not UTF-8, no text, bad JSON."""
+    extension, filled, offset = os.path.splitext(path)[1].lower(), 0, 0
+    if extension not in (".txt", ".csv", ".json", ".jsonl"):
+        return ""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                filled += bool(line.decode("utf-8-sig").strip())
+            except UnicodeDecodeError as error:
+                return f", line {number}: byte {offset + error.start} is not UTF-8; save the file as UTF-8"
+            offset += len(line)
+    if filled <= (extension == ".csv"):
+        return f" holds only {'a header' if filled else 'blank lines'}; give a file with text"
+    return find_json_fault(path) if extension in (".json", ".jsonl") else ""
+
+
+def find_json_fault(path):
+    """Return the first place where a file is neither JSON lines nor one JSON document, "" where there is none."""
+    with open(path, encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            value, error = parse_json(line.strip() or "{}")
+            if number == 1 and error:
+                file.seek(0)
+                _, error = parse_json(file.read())
+            if number == 1 and (isinstance(value, list) or value is error is None):
+                return ""  # One document.
+            if error:
+                place = f"line {number + getattr(error, 'lineno', 1) - 1}, column {getattr(error, 'colno', 1)}"
+                return f", {place}: {getattr(error, 'msg', error)}; mend the JSON"
+            if not isinstance(value, dict):
+                return f', line {number}: {line.strip()[:40]} is no object such as {{"text": "..."}}'
+    return ""
+
+
+def parse_json(text):
+    """Return (value, None), or (None, error) for text that is not JSON."""
+    try:
+        return json.loads(text), None
+    except (ValueError, RecursionError) as error:
+        return None, error
+
+
+def data_source(split, data_args):
+    """Return the flag that names the data of a split, and its value."""
+    if data_args.dataset_name:
+        return f"--dataset_name {data_args.dataset_name}"
+    own = getattr(data_args, f"{split}_file")
+    return f"--{split if own else 'train'}_file {' '.join(own or data_args.train_file)}"
+
+
+def check_texts(raw_datasets, data_args):
+    """Raise `UserError` for the first row that holds nothing, a number or an object where a text should be."""
+    for split, dataset in raw_datasets.items():
+        source = data_source(split, data_args)
+        try:
+            column = find_text_column(dataset, data_args.text_column_name) if dataset.column_names else "text"
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+        if isinstance(dataset, datasets.Dataset):
+            row = pc.index(pc.is_null(text_array(dataset.data.table, column)), True).as_py() + 1
+            if row:
+                raise UserError(
+                    f"{source}: row {row} holds nothing (null) in the column {column}; fill it in, or leave the row out"
+                )
 
 
 def find_text_column(dataset, wanted):
-    """Return the name of the text column; raises `UserError` when it is not there or holds no text."""
-    names = [name for name in dataset.column_names if name != "continues_word"]
-    column = wanted or ("text" if "text" in names else names[0])
+    """Return the name or path of the text column; raises `UserError` when it is not there or holds no text."""
+    kinds = column_kinds(dataset.features)
+    names = [name for name in kinds if name not in ("continues_word", "reference_line")]
+    column = wanted or ("text" if "text" in names else next(iter(names), "text"))
     if column not in names:
         raise UserError(f"--text_column_name {column} is not a column of the data; there are: {', '.join(names)}")
-    kind = dataset.features[column]
-    if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise UserError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
+    kind = getattr(kinds[column], "dtype", kinds[column])
+    if kind not in ("string", "large_string"):
+        rows = enumerate(dataset[column], 1) if column in dataset.column_names else ()
+        found = next((f"{value!r:.40} in row {row}" for row, value in rows if not isinstance(value, str)), kind)
+        raise UserError(f"the column {column} holds {found}, not text; see --text_column_name")
     return column
 
 
@@ -637,34 +1054,63 @@ def tokenizer_identity(tokenizer):
     return tokenizer.backend_tokenizer.to_str()
 
 
-def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length):
+def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args=None):
     """Return {split: TokenizedDataset}; each split is encoded once and read from the `datasets` cache after that.
 
     The cache key is made of the text, the tokenizer, the mode and the code here, so that both scripts share it.
+    A stream to train on becomes a `StreamedDataset`, which needs the training arguments.
     """
+    if data_args.whole_word_mask and not tokenizer.is_fast:
+        raise UserError("--whole_word_mask needs a fast tokenizer, which knows the words; see --use_fast_tokenizer")
     tokenized = {}
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_val_samples}
     for split, raw in raw_datasets.items():
-        column = find_text_column(raw, data_args.text_column_name)
-        encoder = TextEncoder(tokenizer, column, data_args.line_by_line, max_seq_length)
-        recipe = [tokenizer_identity(tokenizer), column, data_args.line_by_line, max_seq_length]
+        if isinstance(raw, datasets.IterableDataset):
+            raw = with_features(raw) if split == "train" else read_stream(raw, limits[split])
+        column, words = find_text_column(raw, data_args.text_column_name), data_args.whole_word_mask
+        references = getattr(data_args, f"{split}_ref_file") or data_args.train_ref_file
+        references = references if "reference_line" in raw.column_names else None
+        encoder = TextEncoder(tokenizer, column, data_args.line_by_line, max_seq_length, words, references)
+        if isinstance(raw, datasets.IterableDataset):
+            tokenized[split] = StreamedDataset(raw, encoder, data_args, training_args)
+            continue
+        recipe = [tokenizer_identity(tokenizer), column, data_args.line_by_line, max_seq_length, words]
         recipe += [] if data_args.line_by_line else [data_args.preprocessing_num_workers]  # Each drops a rest.
-        code = [inspect.getsource(part) for part in (TextEncoder, group_texts, word_flags)]
-        dataset = raw.with_format("arrow").map(
-            encoder,
-            batched=True,
-            remove_columns=raw.column_names,
-            num_proc=data_args.preprocessing_num_workers,
-            load_from_cache_file=not data_args.overwrite_cache,
-            new_fingerprint=datasets.fingerprint.Hasher.hash([raw._fingerprint, recipe, code]),
-            writer_batch_size=10_000,
-            desc=f"Tokenizing the {split} texts",
-        )
+        code = [inspect.getsource(part) for part in (TextEncoder, group_texts, text_array)]
+        with data_errors(split, data_args):
+            dataset = raw.with_format("arrow").map(
+                encoder,
+                batched=True,
+                remove_columns=raw.column_names,
+                num_proc=data_args.preprocessing_num_workers,
+                load_from_cache_file=not data_args.overwrite_cache,
+                new_fingerprint=datasets.fingerprint.Hasher.hash([raw._fingerprint, recipe, code]),
+                writer_batch_size=10_000,
+                desc=f"Tokenizing the {split} texts",
+            )
         tokenizer_identity(tokenizer)  # Leaves no truncation behind to be saved with the tokenizer.
         if limits[split] is not None:
             dataset = dataset.select(range(min(limits[split], len(dataset))))
-        tokenized[split] = TokenizedDataset(dataset, frozen_masks=split == "validation")
+        num_texts = len(dataset) if data_args.line_by_line else len(raw)
+        tokenized[split] = TokenizedDataset(dataset, split == "validation", num_texts)
     return tokenized
+
+
+def with_features(stream):
+    """Return a stream of known columns: where they are not, as they are in its first row."""
+    if stream.features is not None:
+        return stream
+    first = next(stream.with_format("arrow").iter(1), pa.table({"text": pa.array([], pa.string())}))
+    return stream.cast(datasets.Features.from_arrow_schema(first.schema))
+
+
+def read_stream(stream, limit):
+    """Return the texts of a stream, the first `limit` if it is not None, as a data set in memory."""
+    stream = with_features(stream if limit is None else stream.take(limit))
+    with user_errors("the streamed validation data"):
+        tables = list(stream.with_format("arrow").iter(STREAM_BATCH))
+    schema = stream.features.arrow_schema
+    return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables([schema.empty_table(), *tables])))
 
 
 class TokenizedDataset:
@@ -674,16 +1120,18 @@ class TokenizedDataset:
     the epoch. With `frozen_masks` the epoch is a constant: evaluation sees the same masks every time.
     """
 
-    def __init__(self, dataset, frozen_masks=False):
+    def __init__(self, dataset, frozen_masks=False, num_texts=0):
         self.dataset = dataset
         self.frozen_masks = frozen_masks
-        self.columns = {name: row_views(dataset.data.column(name)) for name in dataset.column_names}
+        self.num_texts = num_texts
+        names = [name for name in dataset.column_names if name != "full_length"]
+        self.columns = {name: row_views(dataset.data.column(name)) for name in names}
         chunk_lengths = [len(chunk) for chunk in dataset.data.column("input_ids").chunks]
         self.chunk_starts = np.cumsum([0, *chunk_lengths])[:-1]
 
     def __reduce__(self):
         # Workers map the file themselves instead of receiving a copy of it.
-        return TokenizedDataset, (self.dataset, self.frozen_masks)
+        return TokenizedDataset, (self.dataset, self.frozen_masks, self.num_texts)
 
     def __len__(self):
         return len(self.dataset)
@@ -701,13 +1149,158 @@ class TokenizedDataset:
 
     @functools.cached_property
     def lengths(self):
-        """Tokens of each sample: int64 [N]."""
-        return np.concatenate([np.diff(offsets) for _, offsets in self.columns["input_ids"]] or [np.empty(0, np.int64)])
+        """Tokens of each sample: int32 [N]."""
+        lengths = [np.diff(offsets).astype(np.int32) for _, offsets in self.columns["input_ids"]]
+        return np.concatenate([np.empty(0, np.int32), *lengths])
 
     @property
     def num_tokens(self):
         """Tokens of all samples together."""
         return int(sum(offsets[-1] - offsets[0] for _, offsets in self.columns["input_ids"]))
+
+    @property
+    def num_truncated(self):
+        """Texts that were longer than their samples are."""
+        if "full_length" not in self.dataset.column_names:
+            return 0
+        return int(np.count_nonzero(self.dataset.data.column("full_length").to_numpy() > self.lengths))
+
+    def count(self, token_id):
+        """Return how often a token occurs; reads the whole table, chunk by chunk."""
+        views = self.columns["input_ids"]
+        return sum(np.count_nonzero(values[offsets[0] : offsets[-1]] == token_id) for values, offsets in views)
+
+
+class StreamedDataset:
+    """Rows of token ids made while training reads them, pass after pass, shuffled in blocks of rows.
+
+    Stands where a `TokenizedDataset` does: `len` is the number of samples of the whole run, a sample is its own key,
+    and a number stands for a row of the first block, all that is known beforehand. Nothing but (seed, pass, block)
+    decides the order. Raises `UserError` when a pass over the text gives no row.
+    """
+
+    def __init__(self, raw, encoder, data_args, training_args):
+        self.raw = raw.with_format("arrow")
+        self.encoder = copy.deepcopy(encoder)  # Its truncation is not to be saved with the tokenizer.
+        self.args = training_args
+        self.block_size = data_args.shuffle_buffer_size
+        self.pass_rows = data_args.max_train_samples
+        self.first = 0  # The sample that the run begins with: not 0 after a resume.
+        self.states = [self.beginning(0, 0)]
+
+    def __len__(self):
+        return self.args.max_steps * self.args.step_samples
+
+    def __getitem__(self, key):
+        return self.first_block[key % len(self.first_block)] if isinstance(key, int) else key
+
+    def beginning(self, first, epoch):
+        """Return the state at the beginning of a pass: all that is needed to read on from a block on.
+
+        `first` is the number of its first sample in the run, `epoch` the pass, `block` and `row` those of the pass.
+        `raw` and `left_over` are the states of the text and the encoder before the texts that give its first row,
+        which is row `used` of theirs.
+        """
+        return {"first": first, "epoch": epoch, "block": 0, "row": 0, "raw": None, "left_over": {}, "used": 0}
+
+    def tables(self, state):
+        """Yield (the states `raw` and `left_over` before, texts, encoded table) from a state to the end of the pass."""
+        raw, encoder = copy.deepcopy(self.raw), copy.copy(self.encoder)
+        raw.load_state_dict(state["raw"])
+        kinds = {"input_ids": np.int32, "continues_word": np.uint8}
+        encoder.left_over = {name: np.array(values, kinds[name]) for name, values in state["left_over"].items()}
+        before = {"raw": state["raw"], "left_over": state["left_over"]}
+        with user_errors("the streamed training data"):
+            for texts in raw.iter(STREAM_BATCH):
+                yield before, len(texts), encoder(texts)
+                before = {"raw": raw.state_dict(), "left_over": dict(encoder.left_over)}
+
+    def rows(self, state):
+        """Yield (what of the state changes before the row, {column: array}) of the rows to the end of the pass."""
+        used = state["used"]
+        for before, _, table in self.tables(state):
+            names = [name for name in table.column_names if name != "full_length"]
+            columns = {name: row_views(table.column(name))[0] for name in names}
+            for i in range(used, len(table)):
+                row = {name: values[offsets[i] : offsets[i + 1]] for name, (values, offsets) in columns.items()}
+                yield {**before, "used": i}, row
+            used = 0
+
+    def blocks(self, state):
+        """Yield (state, rows) of the blocks from a state on, pass after pass without end."""
+        while True:
+            rows = self.rows(state)
+            if self.pass_rows is not None:
+                rows = itertools.islice(rows, self.pass_rows - state["row"])
+            while block := list(itertools.islice(rows, self.block_size)):
+                state = {**state, **block[0][0]}
+                yield state, [row for _, row in block]
+                done = {name: state[name] + len(block) for name in ("first", "row")}
+                state = {**state, **done, "block": state["block"] + 1}
+            if not state["row"]:
+                raise UserError("the train split holds no sample: give more text, or lower --max_seq_length")
+            state = self.beginning(state["first"], state["epoch"] + 1)
+
+    def samples(self, seed):
+        """Yield the samples of the run, the first of them number `self.first`, in their order."""
+        begin = self.state_at(self.first)
+        self.states = []
+        for state, rows in self.blocks(begin):
+            self.states.append(state)
+            order = sample_generator(seed, state["epoch"], ORDER_KEYS + state["block"]).permutation(len(rows))
+            if self.args.group_by_length:
+                lengths = np.array([len(row["input_ids"]) for row in rows])
+                order = group_by_length(order, lengths, self.args.step_samples)
+            for i in order[max(0, self.first - state["first"]) :].tolist():
+                yield {"epoch": state["epoch"], "index": state["row"] + i, **rows[i]}
+
+    def state_at(self, first):
+        """Return the state at the beginning of the block that holds sample number `first` of the run, or before."""
+        while len(self.states) > 1 and self.states[1]["first"] <= first:
+            self.states.pop(0)
+        return self.states[0] if self.states and self.states[0]["first"] <= first else self.beginning(0, 0)
+
+    def save_state(self, folder, step):
+        """Write into a checkpoint folder what a resume after `step` steps needs, to read little more than one block."""
+        state = self.state_at(step * self.args.step_samples)
+        left_over = {name: np.asarray(values).tolist() for name, values in state["left_over"].items()}
+        with open(os.path.join(folder, STREAM_STATE), "w", encoding="utf-8") as file:
+            json.dump({**state, "left_over": left_over}, file)
+
+    @functools.cached_property
+    def first_block(self):
+        """The rows of the first block before they are shuffled, as a `TokenizedDataset`."""
+        tables, num_texts = [], 0
+        for _, texts, table in self.tables(self.beginning(0, 0)):
+            tables.append(table)
+            num_texts += texts
+            if sum(map(len, tables)) >= self.block_size:
+                break
+        if not sum(map(len, tables)):
+            next(self.blocks(self.beginning(0, 0)))  # Raises the error.
+        table = pa.concat_tables(tables).slice(0, self.block_size)
+        num_texts = len(table) if self.encoder.line_by_line else num_texts
+        return TokenizedDataset(datasets.Dataset(datasets.table.InMemoryTable(table)), num_texts=num_texts)
+
+    @property
+    def num_tokens(self):
+        """Tokens of all samples of the run, as far as the first block tells."""
+        return round(self.first_block.num_tokens / len(self.first_block) * len(self))
+
+
+def resume_stream(dataset, checkpoint):
+    """Make a stream begin where a checkpoint left it.
+
+    Raises `UserError` when only one of the two runs streams: their samples are not the same.
+    """
+    streamed, path = isinstance(dataset, StreamedDataset), os.path.join(checkpoint, STREAM_STATE)
+    if streamed != os.path.exists(path):
+        raise UserError(f"{checkpoint} was written {'without' if streamed else 'with'} --streaming; resume it likewise")
+    if streamed:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            dataset.first = json.load(file)["global_step"] * dataset.args.step_samples
+        with open(path, encoding="utf-8") as file:
+            dataset.states = [json.load(file)]
 
 
 def row_views(column):
@@ -720,7 +1313,8 @@ def row_views(column):
         else:
             offsets = chunk.offsets.to_numpy()
             values = chunk.values
-        views.append((values.to_numpy(zero_copy_only=not pa.types.is_boolean(values.type)), offsets))
+        values = values.to_numpy()
+        views.append((values.view(bool) if values.dtype == np.uint8 else values, offsets))
     return views
 
 
@@ -817,11 +1411,16 @@ class MaskingCollator:
             sample_generator(self.seed or 0, epoch, index),
             mask_token_id=self.tokenizer.mask_token_id,
             vocab_size=self.vocab_size,
-            mlm_probability=self.mlm_probability,
+            mlm_probability=self.probability(epoch),
             mask_replace_prob=self.mask_replace_prob,
             random_replace_prob=self.random_replace_prob,
             continues_word=sample.get("continues_word"),
         )
+
+    def probability(self, epoch):
+        """Return the share of tokens to choose in an epoch."""
+        frozen = epoch == EVAL_EPOCH and self.eval_mlm_probability is not None
+        return self.eval_mlm_probability if frozen else self.mlm_probability
 
     @functools.cached_property
     def vocab_size(self):
@@ -849,6 +1448,7 @@ class FlaxDataCollatorForLanguageModeling(MaskingCollator):
     mask_replace_prob: float = 0.8
     random_replace_prob: float = 0.1
     seed: int = 0
+    eval_mlm_probability: Optional[float] = None
 
     def __post_init__(self):
         if self.mlm and self.tokenizer.mask_token is None:
@@ -877,17 +1477,20 @@ def load_config(model_args):
     """Return the model configuration: by name, or of a new model, with the overrides and the dropout asked for."""
     name = model_args.config_name or model_args.model_name_or_path
     if name:
-        with user_errors(f"the configuration of {name}"):
-            config = AutoConfig.from_pretrained(name, revision=model_args.model_revision, **model_args.hub_options)
+        subject = f"--{'config_name' if model_args.config_name else 'model_name_or_path'} {name}"
+        options = {"revision": model_args.model_revision, "trust_remote_code": False}
+        with user_errors(subject, FOLDER_FIX if os.path.isdir(name) else HUB_FIX):
+            config = AutoConfig.from_pretrained(name, **options, **model_args.hub_options)
+        check_model_type(subject, config.model_type)
+        if model_args.model_type not in (None, config.model_type):
+            raise UserError(
+                f"--model_type {model_args.model_type}: {subject} is {config.model_type}; leave one of them out"
+            )
     else:
         config = CONFIG_MAPPING[model_args.model_type]()
-    if config.model_type not in MODEL_TYPES:
-        raise UserError(f"{name} is a {config.model_type} model, which has no masked-LM head here; see --model_type")
     if model_args.config_overrides:
-        try:
+        with user_errors(f"--config_overrides {model_args.config_overrides}", "write name=value,name=value"):
             config.update_from_string(model_args.config_overrides)
-        except ValueError as error:
-            raise UserError(f"--config_overrides {model_args.config_overrides}: {error}") from error
     if model_args.dropout_rate is not None:
         for key, value in config.to_dict().items():
             if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -898,11 +1501,12 @@ def load_config(model_args):
 def load_tokenizer(model_args):
     """Return the tokenizer; raises `UserError` when it has no mask token."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
+    subject = f"--{'tokenizer_name' if model_args.tokenizer_name else 'model_name_or_path'} {name}"
     options = {"use_fast": model_args.use_fast_tokenizer, "revision": model_args.model_revision}
-    with user_errors(f"the tokenizer {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **options, **model_args.hub_options)
+    with user_errors(f"{subject} (tokenizer)", FOLDER_FIX if os.path.isdir(name) else HUB_FIX):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options, **model_args.hub_options)
     if tokenizer.mask_token is None:
-        raise UserError(f"the tokenizer {name} has no mask token, which masked-language modelling needs")
+        raise UserError(f"{subject}: its tokenizer has no mask token; name one that has in --tokenizer_name")
     return tokenizer
 
 
@@ -925,9 +1529,10 @@ def load_model(model_args, config, tokenizer, dtype=jnp.float32, seed=0):
         raise UserError(f"--model_name_or_path {name} is a TensorFlow checkpoint, which run_mlm.py can read")
     if name:
         options = {"config": config, "dtype": dtype, "seed": seed, "revision": model_args.model_revision}
-        with user_errors(f"--model_name_or_path {name}"):
+        with user_errors(f"--model_name_or_path {name}", WEIGHTS_FIX):
             model = model_class.from_pretrained(name, **options, **model_args.hub_options)
-        return resize_vocabulary(model, len(tokenizer))
+        with user_errors(f"--model_name_or_path {name} cannot take a tokenizer of {len(tokenizer)} tokens", RESIZE_FIX):
+            return resize_vocabulary(model, len(tokenizer))
     fit_config(config, tokenizer)
     with user_errors(f"--config_overrides {model_args.config_overrides}"):
         if model_class is FlaxBertForMaskedLM:
@@ -949,6 +1554,8 @@ def resize_vocabulary(model, size):
         if old.shape == new.shape:
             return old
         axis = next(i for i in range(old.ndim) if old.shape[i] != new.shape[i])
+        if new.shape != (*old.shape[:axis], size, *old.shape[axis + 1 :]):
+            raise ValueError("its head has a vocabulary of its own")
         kept = lax.slice_in_dim(old, 0, min(size, old_size), axis=axis)
         mean = old.mean(axis, keepdims=True) if old.ndim > 1 else jnp.zeros(1, old.dtype)
         return jnp.concatenate([kept, jnp.repeat(mean, size - kept.shape[axis], axis)], axis)
@@ -1079,6 +1686,25 @@ def epoch_order(dataset, args, seed, epoch):
     return order[: len(order) - len(order) % args.step_samples] if args.dataloader_drop_last else order
 
 
+def samples_of_step(dataset, args, seed, step):
+    """Return the indices of the samples of an optimizer step, which counts from 0: int64 [S]."""
+    size = args.step_samples
+    if isinstance(dataset, StreamedDataset):
+        return np.arange(step * size, (step + 1) * size)  # Places in the stream.
+    steps_per_epoch = len(dataset) // size if args.dataloader_drop_last else math.ceil(len(dataset) / size)
+    epoch, position = divmod(step, steps_per_epoch)
+    return epoch_order(dataset, args, seed, epoch)[position * size : (position + 1) * size]
+
+
+def not_finite_message(reason, step, learning_rate, samples):
+    """Return the error line for a step whose numbers are not finite."""
+    listed = ", ".join(map(str, samples[:MAX_LISTED])) + (", ..." if len(samples) > MAX_LISTED else "")
+    return (
+        f"{reason} at step {step} (learning rate {learning_rate:.3g}, training samples {listed}): lower "
+        "--learning_rate, or look at these samples; the checkpoints are of earlier steps"
+    )
+
+
 def compute_metrics(logits, labels, weights, label_smoothing=0.0):
     """Return the sums {"loss", "accuracy", "normalizer"} over all positions: `logits: [..., V]`, the others `[...]`."""
     loss, normalizer = cross_entropy(logits, labels, weights, label_smoothing)
@@ -1143,10 +1769,13 @@ class SummaryWriter:
     """Writes TensorBoard events with the `tensorboard` package alone, where it is installed."""
 
     def __init__(self, log_dir):
-        self.writer = EventFileWriter(log_dir) if EventFileWriter else None
+        self.log_dir = log_dir
+        self.writer = None
 
     def scalar(self, tag, value, step):
-        """Write one value of a chart."""
+        """Write one value of a chart; the first one makes the file."""
+        if EventFileWriter and not self.writer:
+            self.writer = EventFileWriter(self.log_dir)
         if self.writer:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
             self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
@@ -1357,7 +1986,8 @@ class Run:
         batch = {name: array.reshape(accumulation, -1, rows, array.shape[-1]) for name, array in batch.items()}
         batch = {name: array.swapaxes(0, 1) if accumulation > 1 else array[0] for name, array in batch.items()}
         if self.selection:
-            batch |= select_labels(batch["labels"], label_slots(batch["labels"], self.collator.mlm_probability))
+            probability = self.collator.probability(samples[0]["epoch"])
+            batch |= select_labels(batch["labels"], label_slots(batch["labels"], probability))
         shape = tuple(array.shape for array in batch.values())
         if shape not in self.seen_shapes:
             self.seen_shapes.add(shape)
@@ -1368,8 +1998,13 @@ class Run:
         """Return the length that a batch is padded to: one of a few, as every shape is compiled."""
         if self.pad_to_max_length:
             return self.max_seq_length
-        multiple = 8 * math.ceil(self.max_seq_length / MAX_SHAPES / 8)
+        multiple = length_multiple(self.max_seq_length)
         return min(self.max_seq_length, multiple * math.ceil(longest / multiple))
+
+
+def length_multiple(max_seq_length):
+    """Return what the lengths of batches are multiples of, so that there are few of them."""
+    return 8 * math.ceil(max_seq_length / MAX_SHAPES / 8)
 
 
 def find_selection(model, dataset, collator):
@@ -1394,10 +2029,33 @@ def find_selection(model, dataset, collator):
     return found
 
 
+def check_devices():
+    """Raise `UserError` where the devices that JAX is told to use are not there."""
+    with user_errors(f"JAX_PLATFORMS {os.environ.get('JAX_PLATFORMS', '')}"):
+        jax.devices()
+
+
+def batch_padding(data_args, training_args, max_seq_length):
+    """Return {split: the arguments of `padding_share`} for the batches of a `Run`: all devices are padded alike."""
+    check_devices()
+    shortest = max_seq_length if data_args.pad_to_max_length else 1
+    rule = {"shortest": shortest, "multiple": length_multiple(max_seq_length), "longest": max_seq_length}
+    window = training_args.step_samples if training_args.group_by_length else 1
+    return {
+        "train": {"rows": training_args.step_samples, "window": window, **rule},
+        "validation": {"rows": training_args.eval_batch_size * jax.device_count(), "window": 0, **rule},
+    }
+
+
 def build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
     """Return the `Run`."""
     collator = FlaxDataCollatorForLanguageModeling(
-        tokenizer, mlm_probability=data_args.mlm_probability, seed=training_args.seed
+        tokenizer,
+        mlm_probability=data_args.mlm_probability,
+        eval_mlm_probability=data_args.eval_mlm_probability,
+        mask_replace_prob=data_args.mask_replace_prob,
+        random_replace_prob=data_args.random_replace_prob,
+        seed=training_args.seed,
     )
     sample = next(dataset for dataset in tokenized.values() if len(dataset))
     return Run(
@@ -1553,6 +2211,50 @@ def staging(folder):
         shutil.rmtree(path, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def locked(training_args):
+    """Within, no other run writes to the output folder; one that is made here and stays empty goes again.
+
+    The lock is the system's and on the folder itself: nothing is written for it, and it ends with the process, however
+    that ends. Raises `UserError` when another run holds it, or the folder cannot be made or written to.
+    """
+    if not training_args.writes_results:
+        yield
+        return
+    folder, path, made = training_args.output_dir, os.path.abspath(training_args.output_dir), []
+    while not os.path.lexists(path):
+        made.append(path)
+        path = os.path.dirname(path)
+    try:
+        os.makedirs(folder, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"--output_dir {folder} cannot be made ({reason}); name another folder") from error
+    try:
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise UserError(f"--output_dir {folder} is not writable; name another folder")
+        lock_folder(folder, descriptor)
+        yield
+    finally:
+        os.close(descriptor)
+        for path in made:
+            with contextlib.suppress(OSError):
+                os.rmdir(path)  # Fails where there is something in it.
+
+
+def lock_folder(folder, descriptor):
+    """Lock an open folder until it is closed, or raise `UserError`; warns where its file system has no locks."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--output_dir {folder}: another run is writing there; wait for it, or name another") from None
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({error.strerror}): start no second run that writes there.")
+
+
 class StopSignals:
     """Within, SIGTERM and SIGINT are noted in `received` instead of ending the process; a second one ends it."""
 
@@ -1573,12 +2275,21 @@ class StopSignals:
             signal.signal(number, handler)
 
 
+def log_start(training_args, checkpoint):
+    """Log whether training starts anew or goes on, and from where."""
+    if checkpoint is None:
+        logger.info(f"Starting anew in {training_args.output_dir}.")
+    else:
+        logger.info(f"Resuming from {checkpoint}; --overwrite_output_dir or another --output_dir starts anew.")
+
+
 def setup_logging(training_args):
     """Send this script's messages to stdout, from the main process only."""
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", handlers=[logging.StreamHandler(sys.stdout)]
     )
     logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
+    datasets.logging.set_verbosity(logging.CRITICAL)  # What goes wrong there is raised too.
 
 
 def keep_compiled_code(model_args):
@@ -1589,12 +2300,26 @@ def keep_compiled_code(model_args):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def check_samples(tokenized, training_args, max_seq_length):
-    """Raise `UserError` when a split that is asked for holds no sample, or not enough for one step."""
-    for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
-        if wanted and not len(tokenized.get(split, ())):
+def check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args):
+    """Raise `UserError` when a split that is asked for holds nothing to learn from, or not enough for one step."""
+    for split, flag in (("train", "do_train"), ("validation", "do_eval")):
+        if not getattr(training_args, flag):
+            continue
+        if split not in tokenized:
+            source = f"--dataset_name {data_args.dataset_name}" if data_args.dataset_name else "--train_file"
             raise UserError(
-                f"the {split} split holds no sample: give more text, or lower --max_seq_length (now {max_seq_length})"
+                f"--{flag}: no {split} data: {source} has none, or --validation_split_percentage "
+                f"{data_args.validation_split_percentage} leaves none; change it, or give --{split}_file"
+            )
+        dataset = tokenized[split]
+        if isinstance(dataset, StreamedDataset):
+            dataset = dataset.first_block
+        if len(dataset) == 0:
+            raise UserError(no_samples_message(split, raw_datasets[split], tokenizer, data_args))
+        if all(np.isin(values, tokenizer.all_special_ids).all() for values, _ in dataset.columns["input_ids"]):
+            raise UserError(
+                f"{data_source(split, data_args)}: no token of the {split} data can be masked, for the tokenizer knows "
+                f"none of its words ({tokenizer.unk_token}); name one for this text in --tokenizer_name"
             )
     samples, step_samples = len(tokenized.get("train", ())), training_args.step_samples
     if training_args.do_train and training_args.dataloader_drop_last and samples < step_samples:
@@ -1604,12 +2329,57 @@ def check_samples(tokenized, training_args, max_seq_length):
         )
 
 
-def data_summary(tokenized):
-    """Return the lines that describe the tokenized splits."""
-    return {
-        f"{split} data": f"{len(dataset):,} samples, {dataset.num_tokens:,} tokens"
-        for split, dataset in tokenized.items()
-    }
+def no_samples_message(split, raw, tokenizer, data_args):
+    """Return the error line for a split without a sample: why that is, and what to do about it."""
+    source = data_source(split, data_args)
+    tables, column = raw.with_format("arrow").iter(1000), find_text_column(raw, data_args.text_column_name)
+    texts = [text for table in tables for text in text_array(table, column).to_pylist() if text and not text.isspace()]
+    if texts:
+        tokens = sum(map(len, tokenizer(texts, verbose=False)["input_ids"]))
+        return (
+            f"{source}: the {split} data is too short: {len(texts)} texts with {tokens} tokens make no row of "
+            f"--max_seq_length {data_args.max_seq_length or '(its default)'}; lower it, or give more text or "
+            "--line_by_line true"
+        )
+    return f"{source}: the {split} data holds no text, only blank lines; give more"
+
+
+def data_summary(tokenized, tokenizer, padding):
+    """Return the lines that describe the tokenized splits; `padding` is {split: `batch_padding` of its batches}."""
+    lines = {}
+    for split, dataset in tokenized.items():
+        known, of_all = dataset, ""
+        if isinstance(dataset, StreamedDataset):
+            known, of_all = dataset.first_block, " (the first block of the stream)"
+        samples, tokens, texts = len(known), known.num_tokens, max(1, known.num_texts)
+        unknown = known.count(tokenizer.unk_token_id) / max(1, tokens)
+        lines |= {
+            f"{split} data": f"{known.num_texts:,} texts, {samples:,} samples, {tokens:,} tokens{of_all}",
+            f"{split} texts truncated": f"{known.num_truncated / texts:.2%}",
+            f"{split} padding": f"{padding_share(known.lengths, **padding[split]):.2%} of the batches",
+            f"{split} unknown tokens": f"{unknown:.2%}",
+        }
+    return lines
+
+
+def padding_share(lengths, rows, window, shortest, multiple, longest):
+    """Return the share of positions that are padding, for samples of `lengths: int [N]` in batches of `rows`.
+
+    A batch is padded to its longest sample, to at least `shortest`, a multiple of `multiple`, at most `longest`. With
+    a `window`, the order is drawn at random, 1 sorting nothing, more sorting by length as `group_by_length` does for
+    steps of so many samples; without one, the samples keep their order. Many samples are probed at random.
+    """
+    if not len(lengths):
+        return 0.0
+    if window:
+        generator = np.random.default_rng(0)
+        many = len(lengths) > PROBED_SAMPLES
+        order = generator.integers(len(lengths), size=PROBED_SAMPLES) if many else generator.permutation(len(lengths))
+        lengths = lengths[order if window == 1 else group_by_length(order, lengths, window)]
+    starts = np.arange(0, len(lengths), rows)
+    padded = np.maximum(np.maximum.reduceat(lengths, starts), shortest).astype(np.int64)
+    padded = np.minimum(-(-padded // multiple) * multiple, longest)
+    return 1 - int(lengths.sum(dtype=np.int64)) / int((padded * np.diff([*starts, len(lengths)])).sum())
 
 
 def run_summary(num_parameters, dataset, collator, batch, num_steps, peak_learning_rate):
@@ -1674,6 +2444,9 @@ def log_guesses(tokenizer, sentences, logits):
 def training_order(run):
     """Yield the sample keys of the optimizer steps to come, epoch after epoch without end."""
     dataset = run.tokenized["train"]
+    if isinstance(dataset, StreamedDataset):
+        samples = dataset.samples(run.args.seed)
+        yield from iter(lambda: list(itertools.islice(samples, run.args.step_samples)), [])
     first_epoch, steps_done = divmod(run.step, run.steps_per_epoch)
     for epoch in itertools.count(first_epoch):
         order = epoch_order(dataset, run.args, run.args.seed, epoch)
@@ -1707,14 +2480,16 @@ def create_training_state(run, checkpoint):
     # Of the kind that XLA draws fastest; the other one costs a tenth of a step.
     dropout_rngs = jax.random.split(jax.random.key(run.args.seed, impl="rbg"), jax.local_device_count())
     if checkpoint:
-        params = flax_params(load_file(os.path.join(checkpoint, "model.safetensors")), params)
+        with user_errors(f"the model in {checkpoint}", CHECKPOINT_FIX):
+            params = flax_params(load_file(os.path.join(checkpoint, "model.safetensors")), params)
     optimizer = Optimizer.create(apply_fn=run.apply_fn, params=params, tx=tx, grad_norm=jnp.zeros(()))
     if checkpoint:
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
             state = json.load(file)
         run.step = run.first_step = state["global_step"]
         run.log_history = state["log_history"]
-        with open(os.path.join(checkpoint, "optimizer.msgpack"), "rb") as file:
+        path = os.path.join(checkpoint, "optimizer.msgpack")
+        with user_errors(f"the optimizer state in {checkpoint}", CHECKPOINT_FIX), open(path, "rb") as file:
             saved = serialization.from_bytes((optimizer.opt_state, jax.random.key_data(dropout_rngs)), file.read())
         optimizer = optimizer.replace(step=run.step, opt_state=saved[0])
         dropout_rngs = jax.random.wrap_key_data(saved[1], impl="rbg")
@@ -1739,6 +2514,8 @@ def train(run, checkpoint):
         for _, path in list_checkpoints(args.output_dir):
             shutil.rmtree(path)  # --overwrite_output_dir: what is left of another run must not be resumed later.
     check_steps(checkpoint, run.num_steps)
+    if checkpoint:
+        resume_stream(dataset, checkpoint)
     step_fn = jax.pmap(
         functools.partial(training_step, label_smoothing=args.label_smoothing_factor), "batch", donate_argnums=(0, 2)
     )
@@ -1751,6 +2528,7 @@ def train(run, checkpoint):
     with StopSignals() as signals:
         for batch in tqdm(batches, "Training", run.num_steps, initial=run.step, disable=not args.should_log):
             loss, optimizer, dropout_rngs = step_fn(optimizer, batch, dropout_rngs)
+            check_losses(run, losses[-1:], run.step)  # The step before: the device is busy with this one.
             run.step += 1
             tokens += batch["input_ids"].size
             losses.append(loss)
@@ -1760,6 +2538,7 @@ def train(run, checkpoint):
             if args.do_eval and is_due(run, args.eval_strategy, args.eval_steps) and run.step < run.num_steps:
                 evaluate(run, optimizer.params)
             if signals.received or is_due(run, args.save_strategy, args.save_steps):
+                check_losses(run, losses[-1:], run.step)
                 save_checkpoint(run, optimizer, dropout_rngs)
             if signals.received:
                 logger.info(f"Stopped by signal {signals.received}; the checkpoint of step {run.step} is saved.")
@@ -1786,8 +2565,23 @@ def training_metrics(run, total_loss, tokens, start):
     return metrics
 
 
+def check_losses(run, losses, step):
+    """Raise `UserError` for a loss that is not finite, of the losses of the steps up to `step`; waits for them."""
+    losses = [float(loss[0]) for loss in jax.device_get(losses)]
+    for i, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            stop_training(run, f"the loss is {loss}", step - len(losses) + i)
+
+
+def stop_training(run, reason, step):
+    """Raise a `UserError` for numbers that are not finite; `step` counts from 0."""
+    samples = samples_of_step(run.tokenized["train"], run.args, run.args.seed, step)
+    raise UserError(not_finite_message(reason, step + 1, float(run.schedule(step)), samples))
+
+
 def log_training(run, losses, optimizer):
     """Log the mean of the losses since the last report and return their sum."""
+    check_losses(run, losses, run.step)
     values = [float(loss[0]) for loss in jax.device_get(losses)]
     logs = {"loss": sum(values) / len(values), "grad_norm": float(optimizer.grad_norm[0])}
     run.log({**logs, "learning_rate": float(run.schedule(run.step - 1))})
@@ -1827,6 +2621,8 @@ def write_model(run, params, folder):
     config.save_pretrained(folder)
     run.tokenizer.save_pretrained(folder)
     weights = pytorch_state_dict(jax_utils.unreplicate(params))
+    if run.step and not all(np.isfinite(weight).all() for weight in weights.values()):
+        stop_training(run, "a weight is not finite", run.step - 1)
     save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
@@ -1849,6 +2645,8 @@ def save_checkpoint(run, optimizer, dropout_rngs):
         with open(os.path.join(staged, "optimizer.msgpack"), "wb") as file:
             file.write(serialization.to_bytes(state))
         write_json(os.path.join(staged, "trainer_state.json"), trainer_state(run))
+        if isinstance(run.tokenized["train"], StreamedDataset):
+            run.tokenized["train"].save_state(staged, run.step)
         publish_checkpoint(staged, run.args.output_dir, run.args.save_total_limit)
 
 
@@ -1911,36 +2709,42 @@ def main(argv=None):
     model_args, data_args, training_args = parse_args(argv)
     setup_logging(training_args)
     keep_compiled_code(model_args)
-    checkpoint = prepare_output_dir(training_args)
-    config = load_config(model_args)
-    tokenizer = load_tokenizer(model_args)
-    max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
-    raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
-    tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length)
-    log_summary("Data", data_summary(tokenized))
-    check_samples(tokenized, training_args, max_seq_length)
-    if not (training_args.do_train or training_args.do_eval):
-        logger.info("Tokenized and cached. Nothing was trained or evaluated: see --do_train and --do_eval.")
-        return {}
+    check_inputs(model_args, data_args)
+    if not data_args.preprocessing_num_workers:
+        check_devices()  # It starts threads, which worker processes must not come after.
+    with locked(training_args):
+        checkpoint = prepare_output_dir(training_args)
+        config = load_config(model_args)
+        tokenizer = load_tokenizer(model_args)
+        max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
+        raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
+        tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
+        padding = batch_padding(data_args, training_args, max_seq_length)
+        log_summary("Data", data_summary(tokenized, tokenizer, padding))
+        check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args)
+        if not (training_args.do_train or training_args.do_eval):
+            logger.info("Tokenized and cached. Nothing was trained or evaluated: see --do_train and --do_eval.")
+            return {}
 
-    dtype = jnp.bfloat16 if training_args.bf16 else jnp.float32
-    model = load_model(model_args, config, tokenizer, dtype, training_args.seed)
-    run = build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
-    metrics = {}
-    if training_args.do_train:
-        log_summary("Training", summarize(run))
-        params, train_metrics = train(run, checkpoint)
-        save_results(run, "train", train_metrics)
-        metrics |= train_metrics
-    else:
-        params = jax_utils.replicate(take_params(model), axis_name="batch")
-    if training_args.do_eval:
-        eval_metrics = evaluate(run, params)
-        save_results(run, "eval", eval_metrics)
-        metrics |= eval_metrics
-        show_guesses(run, params)
-    run.writer.close()
-    return metrics
+        dtype = jnp.bfloat16 if training_args.bf16 else jnp.float32
+        model = load_model(model_args, config, tokenizer, dtype, training_args.seed)
+        run = build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
+        metrics = {}
+        if training_args.do_train:
+            log_start(training_args, checkpoint)
+            log_summary("Training", summarize(run))
+            params, train_metrics = train(run, checkpoint)
+            save_results(run, "train", train_metrics)
+            metrics |= train_metrics
+        else:
+            params = jax_utils.replicate(take_params(model), axis_name="batch")
+        if training_args.do_eval:
+            eval_metrics = evaluate(run, params)
+            save_results(run, "eval", eval_metrics)
+            metrics |= eval_metrics
+            show_guesses(run, params)
+        run.writer.close()
+        return metrics
 
 
 if __name__ == "__main__":

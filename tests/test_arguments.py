@@ -3,7 +3,6 @@
 import dataclasses
 import importlib
 import json
-import os
 
 import pytest
 from conftest import SCRIPTS, flags, run_script
@@ -114,22 +113,6 @@ def write_config(tmp_path):
     return write
 
 
-def files_below(folder):
-    """Return every file and folder below a folder."""
-    return sorted(folder.rglob("*"))
-
-
-def error_line(script, settings, capsys):
-    """Run `main`, check that it ends with status 2 and one line on stderr, and return that line."""
-    with pytest.raises(SystemExit) as exit_:
-        script.main(flags(**settings))
-    assert exit_.value.code == 2
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert message.count("\n") == 1
-    return message
-
-
 def test_documented_flags_have_their_defaults(script):
     documented = {**BOTH, **ONE[script.__name__]}
     settings = parse(script, NOTHING_GIVEN)
@@ -221,84 +204,6 @@ def test_one_file_serves_both_scripts(required, write_config):
     assert torch_args.warmup_steps == flax_args.warmup_steps == 3
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [
-        ('{"max_seq_lenght": 16}', ["max_seq_lenght", "max_seq_length"]),
-        ('{"learningrate": 16}', ["learningrate", "learning_rate"]),
-        ('{"seed": 1,\n "seed": 2}', ["'seed'", "twice"]),
-        ('{"seed": 1,\n "max_steps" 2}', ["line 2", "column 14"]),
-        ("[1, 2]", ["list"]),
-        ('"output"', ["str"]),
-        ("", ["line 1", "column 1"]),
-        ('{"max_seq_length": 16.5}', ["max_seq_length", "16.5"]),
-        ('{"do_train": "perhaps"}', ["do_train", "perhaps"]),
-        ('{"mlm_probability": [0.1, 0.2]}', ["0.2"]),
-    ],
-)
-def test_errors_in_a_file_name_the_place(script, write_config, capsys, content, words):
-    with pytest.raises(SystemExit) as exit_:
-        script.main([write_config(content)])
-    assert exit_.value.code == 2
-    message = capsys.readouterr().err
-    assert message.count("\n") == 1
-    for word in words:
-        assert word in message
-
-
-def test_a_file_that_is_not_there_is_named(script, capsys):
-    with pytest.raises(SystemExit):
-        script.main(["nowhere/arguments.json"])
-    assert "nowhere/arguments.json" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("left_out", "changes", "words"),
-    [
-        ("output_dir", {}, ["--output_dir"]),
-        ("model_name_or_path", {}, ["--model_name_or_path", "--model_type"]),
-        ("model_name_or_path", {"model_type": "bert"}, ["--tokenizer_name"]),
-        ("train_file", {}, ["--train_file", "--dataset_name"]),
-        ("train_file", {"validation_file": "v.txt", "do_train": True}, ["--do_train", "--train_file"]),
-        (None, {"model_typ": "bert"}, ["model_typ", "model_type"]),
-        (None, {"max_seq": 16}, ["max_seq", "is not an argument"]),
-        (None, {"max_seq_length": "long"}, ["--max_seq_length", "long"]),
-        (None, {"mlm_probability": 1.5}, ["--mlm_probability", "1.5"]),
-        (None, {"mlm_probability": 0}, ["--mlm_probability", "0"]),
-        (None, {"validation_split_percentage": 100}, ["--validation_split_percentage", "100"]),
-        (None, {"config_overrides": "hidden_size=2"}, ["--config_overrides", "--model_name_or_path"]),
-        (None, {"model_name_or_path": "./nowhere"}, ["./nowhere"]),
-        (None, {"config_name": "./nowhere"}, ["./nowhere"]),
-    ],
-)
-def test_a_wrong_command_line_is_one_line_on_stderr(
-    script, required, tmp_path, monkeypatch, capsys, left_out, changes, words
-):
-    monkeypatch.chdir(tmp_path)
-    settings = {name: value for name, value in required.items() if name != left_out} | changes
-    before = files_below(tmp_path)
-    message = error_line(script, settings, capsys)
-    for word in words:
-        assert word in message
-    assert files_below(tmp_path) == before
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"train_file": "nowhere.txt"}, {"validation_file": "nowhere.txt"}, {"tokenizer_name": "./nowhere"}],
-)
-def test_input_that_does_not_exist_is_named(script, required, model_folder, tmp_path, capsys, changes):
-    message = error_line(script, required | {"model_name_or_path": model_folder} | changes, capsys)
-    assert "nowhere" in message
-    assert not (tmp_path / "o").exists()
-
-
-def test_a_data_set_that_does_not_exist_is_named(script, model_folder, tmp_path, capsys):
-    settings = {"model_name_or_path": model_folder, "dataset_name": "./nowhere", "output_dir": tmp_path / "o"}
-    assert "nowhere" in error_line(script, settings, capsys)
-    assert not (tmp_path / "o").exists()
-
-
 def test_a_value_without_a_flag_is_named(script, required, capsys):
     with pytest.raises(SystemExit):
         script.main([*flags(**required), "bert-base-cased"])
@@ -320,14 +225,6 @@ def test_debugging_shows_the_traceback(script, monkeypatch):
     monkeypatch.setenv("MLM_DEBUG", "1")
     with pytest.raises(script.UserError, match="--output_dir"):
         script.main([])
-
-
-def test_an_error_of_a_program_is_one_line_and_status_2(tmp_path):
-    done = run_script("run_mlm_flax", ["--output_dir", "output", "--learning_rate", "fast"], cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "--learning_rate" in done.stderr
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -225,6 +225,26 @@ def test_a_second_run_of_either_script_reads_the_cache(tokenizer, text_files, co
             assert rows(again["train"]) == rows(expected["train"])
 
 
+@pytest.mark.parametrize("settings", [{"line_by_line": "true", "whole_word_mask": True}, {"line_by_line": "false"}])
+@pytest.mark.parametrize("first", SCRIPTS)
+def test_what_one_script_only_tokenizes_the_other_trains_on(
+    small_model, text_files, tmp_path, monkeypatch, caplog, count_encoded, settings, first
+):
+    settings = {"model_name_or_path": small_model, "max_seq_length": LENGTH, **text_files, **settings}
+    settings |= {"lr_scheduler_type": "linear"}
+    other = next(name for name in SCRIPTS if name != first)
+    one, other = importlib.import_module(first), importlib.import_module(other)
+    assert one.main(flags(output_dir=tmp_path / "nothing", **settings)) == {}
+    assert "Nothing was trained or evaluated" in caplog.text
+    assert "unknown tokens" in caplog.text
+    assert sum(count_encoded) > 100
+    count_encoded.clear()
+    results = other.main(flags(output_dir=tmp_path / "o", do_train=True, do_eval=True, max_steps=2, **settings))
+    assert results["train_loss"] > 0 < results["eval_loss"]
+    assert not count_encoded
+    assert not (tmp_path / "nothing").exists() or not list((tmp_path / "nothing").rglob("*.json"))
+
+
 def test_a_split_of_the_training_data_is_cached_too(script, tokenizer, text_files, count_encoded):
     tokenize(script, tokenizer, train_file=text_files["train_file"])
     assert count_encoded
@@ -250,6 +270,8 @@ def test_what_decides_the_rows_decides_the_cache(script, tokenizer, tmp_path, te
         (tokenizer, {"line_by_line": "true"}),
         (tokenizer, {"line_by_line": "true", "max_seq_length": 15}),
         (tokenizer, {"line_by_line": "false"}),
+        (tokenizer, {"line_by_line": "false", "whole_word_mask": True}),
+        (tokenizer, {"line_by_line": "true", "whole_word_mask": True}),
         (other, {"line_by_line": "false"}),
         (lowered, {"line_by_line": "false"}),
     ]
@@ -259,6 +281,7 @@ def test_what_decides_the_rows_decides_the_cache(script, tokenizer, tmp_path, te
         count_encoded.clear()
         tokenize(script, used, **settings, **text_files)
         mode = (id(used), settings.get("max_seq_length", LENGTH), settings.get("line_by_line", default))
+        mode += (settings.get("whole_word_mask", False),)
         assert bool(count_encoded) == (mode not in seen), mode
         seen.add(mode)
 
@@ -318,16 +341,6 @@ def test_tokenizing_leaves_no_truncation_to_be_saved(script, tokenizer, text_fil
         tokenizer.save_pretrained(tmp_path / "saved")
         saved = read_json(tmp_path / "saved", "tokenizer.json")
         assert (saved["truncation"], saved["padding"]) == (None, None)
-
-
-def test_no_sample_is_an_error_that_names_the_length(script, model_folder, tmp_path, capsys):
-    path = write_lines(tmp_path / "short.txt", ["the baker ."])
-    with pytest.raises(SystemExit):
-        script.main(
-            flags(model_name_or_path=model_folder, output_dir=tmp_path / "o", do_eval=True, validation_file=path)
-            + flags(line_by_line="false", max_seq_length=LENGTH)
-        )
-    assert f"--max_seq_length (now {LENGTH})" in capsys.readouterr().err
 
 
 def test_padding_to_the_maximum_length_makes_all_batches_alike(script, small_model, tmp_path, monkeypatch):
@@ -396,7 +409,7 @@ def test_references_flag_the_positions_they_list(script, tokenizer, tmp_path):
         validation_ref_file=write_references(tmp_path / "validation.ref", [[1]]),
         line_by_line="true",
     )
-    assert word_flags(tokenized["train"]) == [[2, 4], [3, LENGTH - 1], []]
+    assert word_flags(tokenized["train"]) == [[2, 4], [3], []]  # At LENGTH - 1 is now [SEP].
     assert word_flags(tokenized["validation"]) == [[1]]
     for dataset in tokenized.values():
         for i in range(len(dataset)):
@@ -417,41 +430,9 @@ def test_references_follow_the_validation_split(script, tokenizer, tmp_path):
     assert word_flags(tokenized["train"]) == references[10:]
 
 
-@pytest.mark.parametrize(
-    ("references", "message"),
-    [
-        (["[]", "[]"], "2 lines, its text 3"),
-        (["[]", "2 3", "[]"], "line 2: '2 3' is not a JSON list"),
-        (["[]", "[]", '["two"]'], "line 3: .* is not a JSON list"),
-    ],
-)
-def test_wrong_reference_files_are_named(script, tokenizer, tmp_path, references, message):
-    with pytest.raises(script.UserError, match=f"train.ref.*{message}"):
-        tokenize(
-            script,
-            tokenizer,
-            train_file=write_lines(tmp_path / "train.txt", sentences(3)),
-            train_ref_file=write_lines(tmp_path / "train.ref", references),
-            line_by_line="true",
-        )
-
-
 def test_references_need_their_text_and_line_by_line(script, text_files, tmp_path):
     needed = flags(model_name_or_path="some-model", output_dir="unused", train_ref_file="train.ref")
     with pytest.raises(script.UserError, match="--train_ref_file goes with --train_file"):
         script.parse_args(needed + flags(dataset_name="wikitext", line_by_line="true"))
     with pytest.raises(script.UserError, match="--line_by_line"):
         script.parse_args(needed + flags(train_file=text_files["train_file"], line_by_line="false"))
-
-
-@pytest.mark.parametrize("line_by_line", ["true", "false"])
-def test_a_missing_text_counts_as_an_empty_one(script, tokenizer, tmp_path, line_by_line):
-    records = [{"text": "the baker bakes bread ."}, {"text": None}, {"other": 1}, {"text": "a sailor sails ."}]
-    (tmp_path / "null.jsonl").write_text("\n".join(map(json.dumps, records)))
-    (tmp_path / "empty.jsonl").write_text("\n".join(json.dumps({"text": row.get("text") or ""}) for row in records))
-    files = [str(tmp_path / name) for name in ("null.jsonl", "empty.jsonl")]
-    tokenized = [
-        tokenize(script, tokenizer, 8, train_file=file, validation_file=file, line_by_line=line_by_line)["train"]
-        for file in files
-    ]
-    assert rows(tokenized[0]) == rows(tokenized[1]) != []

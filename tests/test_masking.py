@@ -4,9 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from conftest import make_tokenizer
+from conftest import flags, make_model, make_tokenizer, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from setups import set_up
 
 import run_mlm
 import run_mlm_flax
@@ -145,3 +146,34 @@ def test_nothing_is_chosen_at_probability_0_and_all_at_1(script):
 def test_an_empty_row_stays_empty(script):
     inputs, labels = masked(script, np.empty(0, np.int32))
     assert len(inputs) == len(labels) == 0
+
+
+def test_evaluation_has_its_own_share_of_masks(tmp_path):
+    tokenizer, row = make_tokenizer(tmp_path), np.full(20_000, 50, np.int32)
+    for share_in, train, evaluation in (({}, 0.15, 0.15), ({"eval_mlm_probability": 0.5}, 0.15, 0.5)):
+        for collator in (
+            run_mlm.MaskedLMCollator(tokenizer, return_tensors="np", **share_in),
+            run_mlm_flax.FlaxDataCollatorForLanguageModeling(tokenizer, **share_in),
+        ):
+            for epoch, share in ((0, train), (7, train), (run_mlm.EVAL_EPOCH, evaluation)):
+                labels = collator([{"input_ids": row, "epoch": epoch, "index": 3}])["labels"]
+                assert (labels >= 0).mean() == pytest.approx(share, rel=0.1)
+
+
+def test_the_flags_reach_the_masks_of_training_and_evaluation(script, tmp_path):
+    """All tokens chosen, none hidden: a run whose inputs are its labels, and in evaluation a half of them."""
+    model = make_model(tmp_path / "model", num_hidden_layers=1)
+    path = write_lines(tmp_path / "t.txt", ["a dog sees a dog and a dog sees a dog ."] * 40)
+    arguments = flags(model_name_or_path=model, train_file=path, validation_file=path, output_dir=tmp_path / "o")
+    arguments += flags(mlm_probability=1, eval_mlm_probability=0.5, mask_replace_prob=0, random_replace_prob=0)
+    run = set_up(script, [*arguments, *flags(do_eval=True, line_by_line="true", max_seq_length=16)])
+    if script is run_mlm:
+        batches = [next(iter(loader)) for loader in (run.get_train_dataloader(), run.get_eval_dataloader())]
+    else:
+        run.selection = None
+        batches = [run.device_batch(run.tokenized[split], range(8), 8) for split in ("train", "validation")]
+    for batch, share in zip(batches, (1.0, 0.5)):
+        ids, labels = np.asarray(batch["input_ids"]), np.asarray(batch["labels"])
+        words = ids > 4
+        np.testing.assert_array_equal(ids[labels >= 0], labels[labels >= 0])
+        assert (labels[words] >= 0).mean() == pytest.approx(share, abs=0.25 * (share < 1))

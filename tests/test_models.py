@@ -1,7 +1,6 @@
 """Models of every kind: loaded, made from scratch, resized, saved, and the same in both frameworks."""
 
 import importlib
-import json
 import sys
 from pathlib import Path
 
@@ -195,27 +194,6 @@ def test_a_wrong_override_is_one_line(script, tokenizer_folder, text_files, tmp_
     assert message.count("\n") == 1
     assert "--config_overrides" in message
     assert not output.exists()
-
-
-def test_an_unknown_model_type_is_an_error_that_names_near_ones(script, tokenizer_folder):
-    with pytest.raises(script.UserError, match=r"--model_type robert .*roberta"):
-        load(script, model_type="robert", tokenizer_name=tokenizer_folder)
-
-
-def test_a_model_without_a_masked_lm_head_is_an_error(script, tokenizer_folder, tmp_path):
-    transformers.GPT2Config(n_layer=1).save_pretrained(tmp_path / "gpt2")
-    with pytest.raises(script.UserError, match="gpt2 model, which has no masked-LM head"):
-        load(script, config_name=tmp_path / "gpt2", tokenizer_name=tokenizer_folder)
-
-
-def test_a_tokenizer_without_a_mask_token_is_an_error(script, tokenizer_folder, model_folder):
-    path = Path(tokenizer_folder)
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        settings = read_json(path, name)
-        settings["mask_token"] = None
-        (path / name).write_text(json.dumps(settings), encoding="utf-8")
-    with pytest.raises(script.UserError, match="no mask token"):
-        load(script, model_name_or_path=model_folder, tokenizer_name=path)
 
 
 DROPOUTS = {

@@ -10,7 +10,7 @@ SHARED_SECTIONS = ("3. Arguments", "4. Data", "5. Masking")
 # Names of both scripts that stand for different code in each: the framework's part.
 DIFFERENT = {
     *("MODEL_TYPES", "LINE_BY_LINE_DEFAULT", "FOREIGN_FILE"),
-    *("TrainingArguments",),
+    *("TrainingArguments", "foreign_argument_names"),
     *("load_model", "resize_vocabulary"),
     *("epoch_permutation", "labelled_logits"),
     *(
@@ -19,6 +19,7 @@ DIFFERENT = {
         "train",
         "evaluate",
         "save_model",
+        "batch_padding",
         "save_results",
         "show_guesses",
         "summarize",

@@ -1,0 +1,49 @@
+"""Make a text file and its word references from a text whose words are separated by spaces.
+
+python tests/make_word_references.py segmented.txt TOKENIZER text.txt references.txt
+
+TOKENIZER is a folder or a hub name with a fast tokenizer. Lines stay lines, blank ones included. Words are joined
+without a space, but for two that meet in ASCII letters or digits.
+"""
+
+import json
+import sys
+
+import transformers
+
+
+def join_words(words):
+    """Return (text, the place of the first character of each word in it)."""
+    text, starts = "", set()
+    for word in words:
+        latin = text and all(char.isascii() and char.isalnum() for char in (text[-1], word[0]))
+        text += " " if latin else ""
+        starts.add(len(text))
+        text += word
+    return text, starts
+
+
+def word_references(tokenizer, text, starts):
+    """Return the positions of the tokens, special ones counted, that do not begin a word."""
+    encoding = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False)
+    tokens = zip(encoding["offset_mapping"], encoding["special_tokens_mask"])
+    return [i for i, ((first, _), special) in enumerate(tokens) if not special and first not in starts]
+
+
+def main(argv=None):
+    """Read the segmented text and write the two files."""
+    segmented, name, text_path, reference_path = sys.argv[1:] if argv is None else argv
+    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    with (
+        open(segmented, encoding="utf-8-sig") as source,
+        open(text_path, "w", encoding="utf-8") as text_file,
+        open(reference_path, "w", encoding="utf-8") as reference_file,
+    ):
+        for line in source:
+            text, starts = join_words(line.split())
+            text_file.write(f"{text}\n")
+            reference_file.write(f"{json.dumps(word_references(tokenizer, text, starts) if text else [])}\n")
+
+
+if __name__ == "__main__":
+    main()

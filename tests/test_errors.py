@@ -1,0 +1,486 @@
+"""A mistake ends a run with one line on stderr that says what to do, status 2, and nothing touched: one table."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+from conftest import SCRIPTS, flags, make_model, run_script, sentences, write_lines
+
+TORCH, FLAX = ("run_mlm",), ("run_mlm_flax",)
+
+
+class Place:
+    """The folders of one case: `inputs` (a model, texts), `output`, and ways to change them."""
+
+    def __init__(self, folder):
+        self.inputs, self.output = folder / "inputs", folder / "output"
+        self.model, self.train, self.valid = (str(self.inputs / name) for name in ("model", "train.txt", "valid.txt"))
+
+    def file(self, name, content):
+        """Write text, bytes or an object as JSON to an input file and return its path."""
+        path = self.inputs / name
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+        return str(path)
+
+    def data(self, name, content, **settings):
+        """Return the settings that train on a new file."""
+        return {"train_file": self.file(name, content), "do_train": True, **settings}
+
+    def model_with(self, **changes):
+        """Change the model's configuration and return no settings."""
+        path = self.inputs / "model" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return {}
+
+    def without(self, *names):
+        """Delete files of the model folder and return no settings."""
+        for name in names:
+            (self.inputs / "model" / name).unlink()
+        return {}
+
+    def corrupt(self, name, content=b"no such thing"):
+        """Write nonsense over a file of the model folder and return no settings."""
+        (self.inputs / "model" / name).write_bytes(content)
+        return {}
+
+    def tokenizer(self, **changes):
+        """Copy the model's tokenizer, with changes to its configuration, and return the settings that name it."""
+        folder = self.inputs / "tokenizer"
+        shutil.copytree(self.model, folder)
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        return {"tokenizer_name": folder}
+
+    def config(self, content, *more):
+        """Return the command line with a JSON file of settings."""
+        return [self.file("arguments.json", content), *more]
+
+
+@dataclasses.dataclass
+class Mistake:
+    """What to do with a place, which parts the message has, and the scripts for which it is one.
+
+    `make` returns changes to the settings of a whole run (None: left out), or a command line.
+    """
+
+    name: str
+    make: object
+    words: list
+    scripts: tuple = SCRIPTS
+
+
+NO_MASK = {"mask_token": None, "added_tokens_decoder": {}}
+ONE_LINE = '{"text": "the baker bakes bread ."}\n'
+
+
+def number(name, value, **others):
+    """Return the mistake of a number that is out of its range."""
+    return Mistake(f"{name}={value}", lambda place: {name: value, **others}, [f"--{name}", str(value), "must"])
+
+
+ARGUMENTS = [
+    Mistake("no data", lambda place: {"train_file": None, "validation_file": None}, ["--dataset_name", "--train_file"]),
+    Mistake("no training data", lambda place: {"train_file": None}, ["--do_train", "--train_file"]),
+    Mistake("no output_dir", lambda place: {"output_dir": None}, ["--output_dir", "missing"]),
+    Mistake("no model", lambda place: {"model_name_or_path": None}, ["--model_name_or_path", "--model_type"]),
+    Mistake("no tokenizer", lambda place: {"model_name_or_path": None, "model_type": "bert"}, ["--tokenizer_name"]),
+    Mistake(
+        "model and overrides",
+        lambda place: {"config_overrides": "hidden_size=8"},
+        ["--config_overrides", "--model_name_or_path", "leave it out"],
+    ),
+    Mistake("model and another type", lambda place: {"model_type": "roberta"}, ["--model_type roberta", "is bert"]),
+    Mistake(
+        "unknown type",
+        lambda place: {"model_name_or_path": None, "model_type": "robreta", "tokenizer_name": place.model},
+        ["--model_type robreta", "did you mean", "roberta"],
+    ),
+    Mistake(
+        "type that is like no other",
+        lambda place: {"model_name_or_path": None, "model_type": "xyzzy", "tokenizer_name": place.model},
+        ["--model_type xyzzy", "albert", "bert", "electra"],
+    ),
+    Mistake(
+        "type without a masked-LM head",
+        lambda place: {"model_name_or_path": None, "model_type": "gpt2", "tokenizer_name": place.model},
+        ["--model_type gpt2", "albert", "bert", "electra"],
+    ),
+    Mistake(
+        "type without a Flax model",
+        lambda place: {"model_name_or_path": None, "model_type": "deberta", "tokenizer_name": place.model},
+        ["--model_type deberta", "albert, bart, bert"],
+        FLAX,
+    ),
+    Mistake("unknown flag", lambda place: {"learnin_rate": 1}, ["learnin_rate", "did you mean learning_rate"]),
+    Mistake("wrong type", lambda place: {"max_seq_length": "long"}, ["--max_seq_length", "long"]),
+    Mistake("no value", lambda place: ["--max_seq_length"], ["--max_seq_length", "expected one argument"]),
+    Mistake("a switch with a text", lambda place: {"do_eval": "perhaps"}, ["--do_eval", "perhaps"]),
+    Mistake("token as a switch", lambda place: {"use_auth_token": "hf_secret"}, ["--use_auth_token is true or false"]),
+    Mistake("flag of the other script", lambda place: {"warmup_ratio": 0.1}, ["warmup_ratio", "run_mlm.py"], FLAX),
+    Mistake("fp16", lambda place: {"fp16": True}, ["--fp16", "GPU", "--bf16"], TORCH),
+    Mistake("fp16 in Flax", lambda place: {"fp16": True}, ["fp16", "run_mlm.py"], FLAX),
+    Mistake("tf32", lambda place: {"tf32": "true"}, ["tf32"], TORCH),
+    Mistake("schedule", lambda place: {"lr_scheduler_type": "constnat"}, ["constnat", "constant"]),
+    Mistake("strategy", lambda place: {"save_strategy": "often"}, ["often", "steps", "epoch"]),
+    Mistake(
+        "references alone",
+        lambda place: {"train_ref_file": place.train, "line_by_line": "false"},
+        ["--train_ref_file", "line_by_line"],
+    ),
+]
+NUMBERS = [
+    number("mlm_probability", 1.5),
+    number("mlm_probability", 0),
+    number("mlm_probability", -0.1),
+    number("mlm_probability", "nan"),
+    number("eval_mlm_probability", 0),
+    number("eval_mlm_probability", 2),
+    number("mask_replace_prob", 1.5),
+    number("random_replace_prob", -1),
+    number("dropout_rate", 1),
+    number("label_smoothing_factor", 1),
+    Mistake("train_batch_size=0", lambda place: {"train_batch_size": 0}, ["train_batch_size 0", "must"]),
+    Mistake("eval_batch_size=-1", lambda place: {"eval_batch_size": -1}, ["eval_batch_size -1", "must"]),
+    number("gradient_accumulation_steps", 0),
+    number("max_seq_length", 0),
+    number("max_steps", 0),
+    number("max_steps", -7),
+    number("num_train_epochs", 0, max_steps=-1),
+    number("num_train_epochs", "inf"),
+    number("learning_rate", -1),
+    number("learning_rate", "nan"),
+    number("warmup_steps", -1),
+    number("weight_decay", -0.1),
+    number("max_grad_norm", -1),
+    number("adam_beta1", 1),
+    number("adam_epsilon", 0),
+    number("logging_steps", 0),
+    number("save_steps", 0),
+    number("eval_steps", 0),
+    number("save_total_limit", 0),
+    number("max_train_samples", 0),
+    number("max_val_samples", -1),
+    number("preprocessing_num_workers", 0),
+    number("seed", -1),
+    number("validation_split_percentage", 0),
+    number("validation_split_percentage", 100),
+    Mistake("nothing hidden", lambda place: {"mask_replace_prob": 0, "random_replace_prob": 0}, ["prob 0", "raise"]),
+    Mistake("all probabilities", lambda place: {"mask_replace_prob": 0.8, "random_replace_prob": 0.3}, ["0.8", "0.3"]),
+    Mistake("max_seq_length=2", lambda place: {"max_seq_length": 2}, ["--max_seq_length 2", "3 or more"]),
+]
+CONFIGS = [
+    Mistake("no such config", lambda place: ["nowhere/a.json"], ["nowhere/a.json", "No such file"]),
+    Mistake("empty config", lambda place: place.config(""), ["arguments.json", "line 1, column 1"]),
+    Mistake("config is a folder", lambda place: [str(fill(place.inputs / "dir.json"))], ["dir.json", "directory"]),
+    Mistake(
+        "malformed config", lambda place: place.config('{"seed": 1,\n "max_steps" 2}'), ["json, line 2, column 14"]
+    ),
+    Mistake("config is a list", lambda place: place.config("[1, 2]"), ["arguments.json", "list", "object"]),
+    Mistake("config is a text", lambda place: place.config('"output"'), ["arguments.json", "str", "object"]),
+    Mistake("config not UTF-8", lambda place: place.config(b'{"seed": "\xe9"}'), ["arguments.json", "byte 10"]),
+    Mistake(
+        "unknown key",
+        lambda place: place.config({"max_seq_lenght": 16}),
+        ["arguments.json", "max_seq_lenght", "did you mean max_seq_length"],
+    ),
+    Mistake("odd key", lambda place: place.config({"": []}), ["arguments.json", "not an argument"]),
+    Mistake("help as a key", lambda place: place.config({"help": []}), ["arguments.json", "help"]),
+    Mistake(
+        "key of the other script",
+        lambda place: place.config({"gradient_checkpointing": True}),
+        ["arguments.json", "gradient_checkpointing", "run_mlm.py alone"],
+        FLAX,
+    ),
+    Mistake("key twice", lambda place: place.config('{"seed": 1, "seed": 2}'), ["arguments.json", "'seed'", "twice"]),
+    Mistake("key of a wrong type", lambda place: place.config({"max_seq_length": 16.5}), ["max_seq_length", "16.5"]),
+    Mistake("switch of a wrong type", lambda place: place.config({"do_train": "maybe"}), ["do_train", "maybe"]),
+    Mistake("a list for a number", lambda place: place.config({"mlm_probability": [0.1, 0.2]}), ["0.2"]),
+    Mistake("an empty list for a number", lambda place: place.config({"seed": []}), ["--seed", "one argument"]),
+]
+FILES = [
+    Mistake("no such file", lambda place: {"train_file": "nowhere.txt"}, ["--train_file nowhere.txt", "no such file"]),
+    Mistake("no such glob", lambda place: {"validation_file": "no*.txt"}, ["--validation_file no*.txt", "no such"]),
+    Mistake("no such references", lambda place: {"train_ref_file": "no.ref", "line_by_line": "true"}, ["no.ref"]),
+    Mistake("empty file", lambda place: place.data("a.txt", ""), ["--train_file", "a.txt is empty"]),
+    Mistake("empty json lines", lambda place: place.data("a.jsonl", ""), ["--train_file", "a.jsonl is empty"]),
+    Mistake("a folder", lambda place: {"train_file": place.inputs}, ["--train_file", "is a folder", "*.txt"]),
+    Mistake("unsupported", lambda place: place.data("a.pdf", "text"), ["--train_file", "a.pdf", ".pdf", "jsonl"]),
+    Mistake("no extension", lambda place: place.data("a", "text"), ["--train_file", "jsonl"]),
+    Mistake(
+        "no model folder",
+        lambda place: {"model_name_or_path": "./nowhere"},
+        ["--model_name_or_path ./nowhere", "no such"],
+    ),
+    Mistake("no tokenizer folder", lambda place: {"tokenizer_name": "/no/where"}, ["--tokenizer_name /no/where"]),
+    Mistake(
+        "no weights",
+        lambda place: place.without("model.safetensors"),
+        ["--model_name_or_path", "holds no weights", "--config_name"],
+    ),
+    Mistake("no config", lambda place: place.without("config.json"), ["--model_name_or_path", "no config.json"]),
+    Mistake("corrupt config", lambda place: place.corrupt("config.json"), ["config.json is corrupt", "line 1"]),
+    Mistake(
+        "config of a list", lambda place: place.corrupt("config.json", b"[]"), ["config.json holds no JSON object"]
+    ),
+    Mistake("corrupt weights", lambda place: place.corrupt("model.safetensors"), ["model.safetensors is corrupt"]),
+    Mistake("output_dir is a file", lambda place: {"output_dir": place.train}, ["--output_dir", "train.txt"]),
+    Mistake(
+        "output_dir under a file",
+        lambda place: {"output_dir": f"{place.train}/out"},
+        ["--output_dir", "cannot be made"],
+    ),
+    Mistake(
+        "output_dir in /proc", lambda place: {"output_dir": "/proc/nowhere/out"}, ["--output_dir", "cannot be made"]
+    ),
+    Mistake(
+        "output_dir of something else",
+        lambda place: {"output_dir": fill(place.output, "my thesis")},
+        ["--output_dir", "not empty", "--overwrite_output_dir"],
+    ),
+    Mistake(
+        "no checkpoint",
+        lambda place: {"resume_from_checkpoint": place.inputs},
+        ["--resume_from_checkpoint", "not a whole checkpoint"],
+    ),
+]
+MODELS = [
+    Mistake(
+        "hub name", lambda place: {"model_name_or_path": "no/such"}, ["--model_name_or_path no/such", "local folder"]
+    ),
+    Mistake("hub tokenizer", lambda place: {"tokenizer_name": "no/such"}, ["--tokenizer_name no/such", "local folder"]),
+    Mistake(
+        "hub data", lambda place: {"dataset_name": "no/such", "train_file": None}, ["--dataset_name no/such", "local"]
+    ),
+    Mistake("no masked-LM head", lambda place: place.model_with(model_type="gpt2"), ["'gpt2'", "albert", "electra"]),
+    Mistake(
+        "no Flax model",
+        lambda place: place.model_with(model_type="deberta"),
+        ["--model_name_or_path", "'deberta'", "albert, bart, bert"],
+        FLAX,
+    ),
+    Mistake(
+        "unknown architecture", lambda place: place.model_with(model_type="xyzzy"), ["--model_name_or_path", "xyzzy"]
+    ),
+    Mistake("no mask token", lambda place: place.tokenizer(**NO_MASK), ["--tokenizer_name", "no mask token"]),
+    Mistake("corrupt tokenizer", lambda place: place.corrupt("tokenizer.json"), ["--model_name_or_path", "tokenizer"]),
+    Mistake(
+        "weights of another shape",
+        lambda place: place.model_with(hidden_size=16),
+        ["--model_name_or_path", "belong to the configuration"],
+    ),
+    Mistake(
+        "code of its own",
+        lambda place: place.model_with(model_type="own", auto_map={"AutoConfig": "own.Own"}),
+        ["--model_name_or_path", "auto_map", "never run"],
+    ),
+    Mistake(
+        "wrong override",
+        lambda place: {
+            **{"model_name_or_path": None, "config_name": place.model, "tokenizer_name": place.model},
+            "config_overrides": "hidden_siz=3",
+        },
+        ["--config_overrides hidden_siz=3", "hidden_siz"],
+    ),
+    Mistake(
+        "override that does not fit",
+        lambda place: {
+            **{"model_name_or_path": None, "config_name": place.model, "tokenizer_name": place.model},
+            "config_overrides": "num_attention_heads=5",
+        },
+        ["--config_overrides num_attention_heads=5", "multiple of"],
+    ),
+    Mistake(
+        "TensorFlow",
+        lambda place: {
+            "model_name_or_path": f"{place.model}.ckpt",
+            "config_name": place.model,
+            "tokenizer_name": place.model,
+        },
+        ["ckpt"],
+    ),
+]
+DATA = [
+    Mistake(
+        "latin-1 text", lambda place: place.data("a.txt", b"the baker\ncaf\xe9 x\n"), ["a.txt", "line 2", "byte 13"]
+    ),
+    Mistake("latin-1 csv", lambda place: place.data("a.csv", b"text\nx\ncaf\xe9\n"), ["a.csv", "line 3", "byte 10"]),
+    Mistake(
+        "latin-1 json lines",
+        lambda place: place.data("a.jsonl", ONE_LINE.encode() + b'{"text": "\xe9"}'),
+        ["a.jsonl", "line 2", f"byte {len(ONE_LINE) + 10}"],
+    ),
+    Mistake("malformed lines", lambda place: place.data("a.jsonl", ONE_LINE * 2 + '{"text": '), ["a.jsonl", "line 3"]),
+    Mistake("cut lines", lambda place: place.data("a.jsonl", ONE_LINE + '{"text": "b'), ["a.jsonl, line 2, column 10"]),
+    Mistake(
+        "malformed document",
+        lambda place: place.data("a.json", '[{"text": "a"},\n{"text" "b"}]'),
+        ["a.json, line 2, column 9", "':'"],
+    ),
+    Mistake("a number as JSON", lambda place: place.data("a.json", "3"), ["a.json", "line 1", "no object"]),
+    Mistake("rows of text", lambda place: place.data("a.jsonl", '"a"\n"b"\n'), ["a.jsonl", "line 1", "no object"]),
+    Mistake("malformed csv", lambda place: place.data("a.csv", "text,n\na,1\nb,2,3\n"), ["a.csv", "line 3"]),
+    Mistake("open quote", lambda place: place.data("a.csv", 'text\na\n"b\nc\n'), ["a.csv", "row 2"]),
+    Mistake("no parquet", lambda place: place.data("a.parquet", b"PAR1xxxxxx"), ["a.parquet", "arquet"]),
+    Mistake("no gzip", lambda place: place.data("a.txt.gz", b"text"), ["--train_file", "a.txt.gz"]),
+    Mistake("blank lines", lambda place: place.data("a.txt", "\n \n\n"), ["train", "no text", "blank"]),
+    Mistake("blank json lines", lambda place: place.data("a.jsonl", "\n\n\n"), ["a.jsonl", "blank lines"]),
+    Mistake("blank csv", lambda place: place.data("a.csv", "\n\n\n"), ["a.csv", "blank lines"]),
+    Mistake("only a header", lambda place: place.data("a.csv", "text\n"), ["a.csv", "only a header"]),
+    Mistake("no row with text", lambda place: place.data("a.csv", 'text,n\n,1\n"  ",2\n'), ["train", "no text"]),
+    Mistake(
+        "no such column",
+        lambda place: place.data("a.csv", "text,n\na,1\n", text_column_name="body"),
+        ["--text_column_name body", "text, n"],
+    ),
+    Mistake(
+        "numbers", lambda place: place.data("a.csv", "text\n1\n2\n"), ["row 1", "a.csv", "column text", "1", "not text"]
+    ),
+    Mistake(
+        "a number among texts",
+        lambda place: place.data("a.jsonl", ONE_LINE * 2 + '{"text": 3}'),
+        ["row 3", "column text"],
+    ),
+    Mistake(
+        "nulls", lambda place: place.data("a.jsonl", ONE_LINE + '{"text": null}'), ["row 2", "column text", "null"]
+    ),
+    Mistake(
+        "a null as the first row", lambda place: place.data("a.jsonl", "null\n" + ONE_LINE), ["a.jsonl", "row is null"]
+    ),
+    Mistake("a null as the first item", lambda place: place.data("a.json", '[ null, {"text": "a"}]'), ["row is null"]),
+    Mistake("a missing key", lambda place: place.data("a.jsonl", ONE_LINE + '{"n": 1}'), ["row 2", "text", "null"]),
+    Mistake(
+        "too few texts for a row",
+        lambda place: place.data("a.txt", "the baker bakes .\n" * 3, line_by_line="false", max_seq_length=64),
+        ["3 texts", "18 tokens", "--max_seq_length 64", "lower"],
+    ),
+    Mistake(
+        "too few texts for a batch",
+        lambda place: place.data("a.txt", "the baker .\n" * 3, line_by_line="true", dataloader_drop_last="true"),
+        ["3 samples", "8 of one step", "--train_batch_size"],
+    ),
+    Mistake(
+        "an empty validation split",
+        lambda place: place.data("a.txt", "the baker .\n" * 3, validation_file=None, do_eval=True, line_by_line="true"),
+        ["--do_eval", "no validation data", "--validation_split_percentage 5"],
+    ),
+    Mistake(
+        "an empty train split",
+        lambda place: {
+            **place.data("a.txt", "the baker .\n" * 3, validation_file=None, line_by_line="true"),
+            "validation_split_percentage": 99,
+        },
+        ["--do_train", "no train data", "--validation_split_percentage 99"],
+    ),
+    Mistake(
+        "nothing to mask",
+        lambda place: place.data("a.txt", "这些 文字 没有\n" * 40, line_by_line="true"),
+        ["train", "[UNK]", "--tokenizer_name"],
+    ),
+    Mistake(
+        "data set without a known split",
+        lambda place: {"dataset_name": data_set(place), "train_file": None, "validation_file": None},
+        ["--dataset_name", "neither a train nor a validation split"],
+    ),
+]
+MISTAKES = [*ARGUMENTS, *NUMBERS, *CONFIGS, *FILES, *MODELS, *DATA]
+# Started as programs, once by each script.
+SAMPLE = ("unknown key", "corrupt weights", "malformed lines")
+
+
+def fill(folder, content=None):
+    """Make a folder, with a file in it where there is a content, and return it."""
+    folder.mkdir()
+    if content:
+        (folder / "notes.txt").write_text(content)
+    return folder
+
+
+def data_set(place):
+    """Write a data set with a test split alone and return its folder."""
+    write_lines(fill(place.inputs / "set") / "test.txt", sentences(5))
+    return place.inputs / "set"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A folder with a tiny model, a training and a validation file."""
+    folder = tmp_path_factory.mktemp("template")
+    make_model(folder / "model", num_hidden_layers=1)
+    write_lines(folder / "train.txt", sentences(60))
+    write_lines(folder / "valid.txt", sentences(20, seed=1))
+    return folder
+
+
+@pytest.fixture
+def place(template, tmp_path, monkeypatch):
+    """A place of its own with copies of the template's files; also the working directory."""
+    shutil.copytree(template, tmp_path / "inputs")
+    monkeypatch.chdir(tmp_path)
+    return Place(tmp_path)
+
+
+def command_line(place, mistake):
+    """Return the command line of a mistake, which `make` has prepared."""
+    changes = mistake.make(place)
+    if isinstance(changes, list):
+        return changes
+    settings = {"model_name_or_path": place.model, "train_file": place.train, "validation_file": place.valid}
+    settings |= {"output_dir": place.output, "do_train": True, "max_steps": 2, "max_seq_length": 16}
+    settings |= changes
+    return flags(**{name: value for name, value in settings.items() if value is not None})
+
+
+def snapshot(place):
+    """Return {path: (kind, size, time of the last change)} of everything below the inputs and the output folder."""
+    found = {}
+    for folder in (place.inputs, place.output):
+        for path in [folder, *folder.rglob("*")] if folder.exists() else []:
+            status = path.stat()
+            found[str(path)] = status.st_mode, status.st_size, status.st_mtime_ns
+    return found
+
+
+def check_message(stderr, words):
+    """Check that stderr holds one line, the error, and that it has all the words."""
+    assert stderr.startswith("error: "), stderr
+    assert stderr.count("\n") == 1, stderr
+    assert "Traceback" not in stderr
+    for word in words:
+        assert word in stderr
+
+
+# Readers of `datasets` leave a file open when it is broken.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+CASES = [pytest.param(name, mistake, id=f"{mistake.name}-{name}") for mistake in MISTAKES for name in mistake.scripts]
+
+
+@pytest.mark.parametrize(("script", "mistake"), CASES, indirect=["script"])
+def test_a_mistake_is_one_line_and_touches_nothing(script, mistake, place, capfd):
+    arguments = command_line(place, mistake)
+    before = snapshot(place)
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        script.main(arguments)
+    assert exit_.value.code == 2
+    check_message(capfd.readouterr().err, mistake.words)
+    assert snapshot(place) == before
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "mistake", [mistake for mistake in MISTAKES if mistake.name in SAMPLE], ids=lambda case: case.name
+)
+def test_a_program_ends_with_one_line_and_status_2(name, mistake, place):
+    arguments = command_line(place, mistake)
+    before = snapshot(place)
+    done = run_script(name, arguments)
+    assert done.returncode == 2
+    check_message(done.stderr, mistake.words)
+    assert snapshot(place) == before

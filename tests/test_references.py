@@ -1,0 +1,165 @@
+"""Word references of Chinese text: made by the helper, checked line by line, followed by the masks."""
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from conftest import SPECIAL, flags, make_config, make_tokenizer, write_lines
+from make_word_references import join_words
+from make_word_references import main as make_references
+from test_data import tokenize, word_flags
+
+LENGTH = 16
+SEGMENTED = [
+    "我 喜欢 北京 。",
+    "",
+    "他们 在 北京大学 学习 BERT 模型 and 语言",
+    "今天 天气 很 好",
+    " ",
+    "学生 喜欢 学习 。",
+]
+
+
+@pytest.fixture
+def chinese(tmp_path):
+    """A character-level BERT folder, a text and its references."""
+    folder = tmp_path / "chinese"
+    folder.mkdir()
+    characters = sorted({char.lower() for line in SEGMENTED for char in line} - {" "})
+    pieces = [f"##{char}" for char in characters if char.isascii()]
+    vocab_file = write_lines(folder / "vocab.txt", [*SPECIAL, *characters, *pieces])
+    tokenizer = transformers.BertTokenizerFast(vocab_file=vocab_file, model_max_length=64)
+    tokenizer.save_pretrained(folder)
+    transformers.BertForMaskedLM(make_config("bert", tokenizer, num_hidden_layers=1)).save_pretrained(folder)
+    segmented = write_lines(tmp_path / "segmented.txt", SEGMENTED)
+    text, references = str(tmp_path / "text.txt"), str(tmp_path / "text.ref")
+    make_references([segmented, str(folder), text, references])
+    return folder, tokenizer, text, references
+
+
+@pytest.fixture
+def tiny_tokenizer(tmp_path):
+    """A tiny WordPiece tokenizer for the tests of errors."""
+    (tmp_path / "tokenizer").mkdir()
+    return make_tokenizer(tmp_path / "tokenizer")
+
+
+def words_of(tokenizer, sample):
+    """Return the words that the flags of a sample make, special tokens left out."""
+    begins = [i for i, continues in enumerate(sample["continues_word"]) if not continues]
+    ids = sample["input_ids"].tolist()
+    tokens = [tokenizer.convert_ids_to_tokens(ids[a:b]) for a, b in itertools.pairwise([*begins, len(ids)])]
+    return ["".join(part.removeprefix("##") for part in word) for word in tokens if word[0] not in SPECIAL]
+
+
+def test_the_helper_writes_the_documented_positions(chinese):
+    _, _, text, references = chinese
+    lines = Path(references).read_text(encoding="utf-8").splitlines()
+    assert Path(text).read_text(encoding="utf-8").splitlines()[:2] == ["我喜欢北京。", ""]
+    assert [json.loads(line) for line in lines[:2]] == [[3, 5], []]
+    assert join_words(["用", "deep", "learning", "学"]) == ("用deep learning学", {0, 1, 6, 14})
+
+
+def test_chinese_words_are_masked_whole_from_end_to_end(script, chinese, tmp_path):
+    folder, tokenizer, text, references = chinese
+    settings = {"train_file": text, "train_ref_file": references, "line_by_line": "true"}
+    settings |= {"validation_file": text, "validation_ref_file": references}
+    dataset = tokenize(script, tokenizer, 64, **settings)["train"]
+    kept = [line for line in SEGMENTED if line.strip()]
+    assert [words_of(tokenizer, dataset[i]) for i in range(len(dataset))] == [line.lower().split() for line in kept]
+    numpy = {"return_tensors": "np"} if script.__name__ == "run_mlm" else {}
+    collator_class = "MaskedLMCollator" if numpy else "FlaxDataCollatorForLanguageModeling"
+    collator = getattr(script, collator_class)(tokenizer, mlm_probability=0.5, **numpy)
+    shares = set()
+    for epoch, i in itertools.product(range(40), range(len(dataset))):
+        sample = dataset[epoch * len(dataset) + i]
+        labels = collator.mask_sample(sample, sample["input_ids"])[1]
+        chosen = np.split(labels >= 0, np.flatnonzero(~sample["continues_word"]))
+        shares |= {float(word.mean()) for word in chosen if len(word)}
+    assert shares == {0.0, 1.0}
+    results = script.main(
+        flags(model_name_or_path=folder, output_dir=tmp_path / "o", do_train=True, do_eval=True, max_steps=2)
+        + flags(learning_rate=1e-3, lr_scheduler_type="linear", train_batch_size=2, **settings)
+    )
+    assert results["train_loss"] > 0 < results["eval_loss"]
+
+
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        (["[]", "[]"], "2 lines, its text 3"),
+        (["[]", "[]", "[]", "[]"], "4 lines, its text 3"),
+        (["[]", "2 3", "[]"], "line 2: '2 3' is not a JSON list"),
+        (["[]", "[]", '["two"]'], "line 3: .* is not a JSON list"),
+        (["[]", "[2.0]", "[]"], "line 2: .* is not a JSON list"),
+        (["[true]", "[]", "[]"], "line 1: .* is not a JSON list"),
+        (["[]", "[-1]", "[]"], "line 2: .* is not a JSON list"),
+        (["[]", "[[2]]", "[]"], "line 2: .* is not a JSON list"),
+        (["[]", '{"2": 3}', "[]"], "line 2: .* is not a JSON list"),
+        (["[]", "null", "[]"], "line 2: .* is not a JSON list"),
+        (["[]", "3", "[]"], "line 2: .* is not a JSON list"),
+        (["[]", "[" * 9999, "[]"], "line 2: .* is not a JSON list"),
+        (["[]", f"[{2**70}]", "[]"], "line 2: .* is not a JSON list"),
+    ],
+)
+def test_malformed_files_are_named_before_anything_is_tokenized(
+    script, tiny_tokenizer, tmp_path, monkeypatch, references, message
+):
+    monkeypatch.setattr(script.TextEncoder, "encode", None)  # Not to be called.
+    with pytest.raises(script.UserError, match=rf"train\.ref.*{message}"):
+        tokenize(
+            script,
+            tiny_tokenizer,
+            train_file=write_lines(tmp_path / "train.txt", ["the baker bakes bread ."] * 3),
+            train_ref_file=write_lines(tmp_path / "train.ref", references),
+            line_by_line="true",
+        )
+
+
+@pytest.mark.parametrize("use_fast", [True, False])
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("[0]", "line 2: position 0 is no token of the text, whose tokens are at 1 to 5"),
+        ("[2, 6]", "line 2: position 6 is no token"),
+        ("[7]", "line 2: position 7 is no token"),
+        ("", "line 2 is empty"),
+    ],
+)
+def test_positions_outside_the_text_name_file_and_line(script, tiny_tokenizer, tmp_path, use_fast, line, message):
+    if not use_fast:
+        tiny_tokenizer = transformers.BertTokenizer.from_pretrained(tmp_path / "tokenizer")
+    with pytest.raises(script.UserError, match=rf"train\.ref, {message}"):
+        tokenize(
+            script,
+            tiny_tokenizer,
+            train_file=write_lines(tmp_path / "train.txt", ["", "the baker bakes bread .", "the child"]),
+            train_ref_file=write_lines(tmp_path / "train.ref", ["", line, "[2]"]),
+            line_by_line="true",
+        )
+
+
+@pytest.mark.parametrize("use_fast", [True, False])
+def test_positions_beyond_truncation_are_dropped(script, tiny_tokenizer, tmp_path, use_fast):
+    if not use_fast:
+        tiny_tokenizer = transformers.BertTokenizer.from_pretrained(tmp_path / "tokenizer")
+
+    def read(positions):
+        text = write_lines(tmp_path / "train.txt", ["a " * 50])
+        given = {"train_file": text, "train_ref_file": write_lines(tmp_path / "train.ref", [json.dumps(positions)])}
+        return word_flags(tokenize(script, tiny_tokenizer, validation_file=text, line_by_line="true", **given)["train"])
+
+    assert read([2, LENGTH - 2, LENGTH - 1, LENGTH, 49, 50]) == [[2, LENGTH - 2]]
+    with pytest.raises(script.UserError, match=r"position 51 .* at 1 to 50"):
+        read([51])
+
+
+def test_odd_line_breaks_do_not_shift_the_lines(script, tiny_tokenizer, tmp_path):
+    text, reference = tmp_path / "train.txt", tmp_path / "train.ref"
+    text.write_bytes("the baker\x0b bakes\u2028 bread\r\n\r\nthe child \x85 sees\r\n".encode())
+    reference.write_bytes(b"\xef\xbb\xbf[2]\r\n\r\n[3]\r\n")
+    given = {"train_file": text, "train_ref_file": reference, "validation_file": text}
+    assert word_flags(tokenize(script, tiny_tokenizer, line_by_line="true", **given)["train"]) == [[2], [3]]

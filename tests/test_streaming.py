@@ -1,0 +1,348 @@
+"""A stream gives the samples that the cached data set gives, in an order that a resumed run continues."""
+
+import copy
+import gzip
+import itertools
+import json
+import os
+import shutil
+import signal
+
+import numpy as np
+import pandas
+import pytest
+from accelerate.data_loader import BatchSamplerShard
+from conftest import flags, make_model, make_tokenizer, read_json, run_script, sentences, write_lines
+from setups import set_up
+from test_resume import history, weights
+
+import run_mlm
+import run_mlm_flax
+
+LENGTH = 16
+
+
+@pytest.fixture(autouse=True)
+def few_texts_at_a_time(monkeypatch):
+    """Short streams that still have many tables of texts."""
+    for script in (run_mlm, run_mlm_flax):
+        monkeypatch.setattr(script, "STREAM_BATCH", 7)
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    """A tiny WordPiece tokenizer."""
+    (tmp_path / "tokenizer").mkdir()
+    return make_tokenizer(tmp_path / "tokenizer")
+
+
+@pytest.fixture
+def small_model(tmp_path):
+    """A BERT folder of one layer."""
+    return make_model(tmp_path / "model", num_hidden_layers=1)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Three training files of unlike lengths, one of them packed, and a validation file."""
+    names = [str(tmp_path / name) for name in ("a.txt", "b.txt.gz", "c.txt")]
+    write_lines(names[0], [*sentences(41), "", " "])
+    with gzip.open(names[1], "wt", encoding="utf-8") as file:
+        file.write("\n".join(sentences(3, seed=1)))
+    write_lines(names[2], sentences(60, seed=2))
+    return ["--train_file", *names, "--validation_file", write_lines(tmp_path / "v.txt", sentences(5, seed=3))]
+
+
+def tokenize(script, tokenizer, arguments, **settings):
+    """Return what a run trains on."""
+    needed = flags(model_name_or_path="some-model", output_dir="unused", do_train=True, max_steps=40, **settings)
+    model_args, data_args, training_args = script.parse_args([*needed, *arguments])
+    raw = script.load_raw_datasets(model_args, data_args)
+    return script.tokenize_datasets(raw, tokenizer, data_args, LENGTH, training_args)
+
+
+def content(sample):
+    """Return all of a sample as something that can be compared and sorted."""
+    words = sample.get("continues_word", np.empty(0)).tolist()
+    return sample["epoch"], sample["index"], sample["input_ids"].tolist(), words
+
+
+def take(dataset, count, seed=42):
+    """Return the next samples of a stream."""
+    return [content(sample) for sample in itertools.islice(dataset.samples(seed), count)]
+
+
+@pytest.mark.parametrize("settings", [{"line_by_line": "true"}, {"line_by_line": "false", "whole_word_mask": True}])
+def test_each_pass_has_the_rows_of_the_data_set(script, tokenizer, files, settings):
+    rows = tokenize(script, tokenizer, files, **settings)["train"]
+    for more in ({"shuffle_buffer_size": 10}, {"shuffle_buffer_size": 1000}):
+        stream = tokenize(script, tokenizer, files, streaming=True, **settings, **more)["train"]
+        samples = take(stream, 2 * len(rows))
+        passes = samples[: len(rows)], samples[len(rows) :]
+        for epoch, part in enumerate(passes):
+            assert sorted(part) == [content(rows[epoch * len(rows) + i]) for i in range(len(rows))]
+        orders = [[index for _, index, *_ in part] for part in passes]
+        assert len({tuple(order) for order in [*orders, range(len(rows))]}) == 3
+        for order in orders:  # Whole blocks, one after the other.
+            size = more["shuffle_buffer_size"]
+            for first in range(0, len(rows), size):
+                assert sorted(order[first : first + size]) == list(range(len(rows)))[first : first + size]
+
+
+def test_the_order_of_a_block_is_its_own_and_the_seeds(script, tokenizer, files):
+    stream = tokenize(script, tokenizer, files, streaming=True, shuffle_buffer_size=10, line_by_line="true")["train"]
+    one, other = (take(stream, 208, seed) for seed in (1, 2))
+    assert sorted(one) == sorted(other)
+    orders = {tuple(i % 10 for _, i, *_ in part[first : first + 10]) for part in (one, other) for first in (0, 10, 104)}
+    assert len(orders) == 6
+
+
+def pytorch_steps(trainer):
+    """Return the batches of each optimizer step of the Trainer's loop as (input_ids, labels) rows."""
+    accumulation = trainer.args.gradient_accumulation_steps
+    batches = [(batch["input_ids"].numpy(), batch["labels"].numpy()) for batch in trainer.get_train_dataloader()]
+    steps = [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
+    return [[pair for inputs, labels in step for pair in unpadded(inputs, labels)] for step in steps]
+
+
+def flax_steps(run):
+    """Return the same of the Flax loop."""
+    run.selection, steps = None, []
+    for keys in itertools.islice(run_mlm_flax.training_order(run), run.num_steps):
+        batch = run.device_batch(
+            run.tokenized["train"], keys, run.args.train_batch_size, run.args.gradient_accumulation_steps
+        )
+        steps.append(unpadded(*(batch[name].reshape(-1, batch[name].shape[-1]) for name in ("input_ids", "labels"))))
+    return steps
+
+
+def unpadded(inputs, labels):
+    """Return (input_ids, labels) of each row as lists, without padding."""
+    return [(row[row != 0].tolist(), label[row != 0].tolist()) for row, label in zip(inputs, labels)]
+
+
+@pytest.mark.parametrize("more", [["--line_by_line", "false"], ["--line_by_line", "true", "--group_by_length"]])
+def test_both_scripts_stream_the_same_batches(small_model, files, tmp_path, more):
+    arguments = flags(model_name_or_path=small_model, output_dir=tmp_path / "o", max_seq_length=LENGTH, seed=7)
+    arguments += [*flags(streaming=True, max_steps=15, shuffle_buffer_size=30), *files, *more]
+    splits = [(4, 2), (8, 1)]
+    steps = []
+    for rows, accumulation in splits:
+        split = flags(train_batch_size=rows, gradient_accumulation_steps=accumulation)
+        steps += [pytorch_steps(set_up(run_mlm, arguments + split))]
+        steps += [flax_steps(set_up(run_mlm_flax, arguments + split))]
+    assert len(steps[0]) == 15
+    assert all(len(step) == 8 for step in steps[0])
+    assert steps[0] == steps[1] == steps[2] == steps[3]
+
+
+def test_each_process_takes_its_part_of_a_step(small_model, files, tmp_path):
+    arguments = flags(model_name_or_path=small_model, output_dir=tmp_path / "o", max_seq_length=LENGTH)
+    arguments += [*flags(streaming=True, max_steps=6, shuffle_buffer_size=30, train_batch_size=4), *files]
+    trainer = set_up(run_mlm, arguments)
+    trainer.args.max_steps = 12  # As many samples as two processes see in 6 steps.
+    batches = trainer.get_train_dataloader().batch_sampler
+    shards = [BatchSamplerShard(batches, num_processes=2, process_index=i) for i in range(2)]
+    parts = [[[content(sample) for sample in batch] for batch in shard] for shard in shards]
+    assert [len(part) for part in parts] == [6, 6]
+    stream = tokenize(run_mlm, trainer.processing_class, files, streaming=True, shuffle_buffer_size=30)["train"]
+    assert [sample for pair in zip(*parts) for batch in pair for sample in batch] == take(stream, 48)
+
+
+def test_workers_share_the_samples(small_model, files, tmp_path):
+    # A program of its own: workers are forked, which JAX threads of other tests in this process do not allow.
+    outputs = {workers: tmp_path / str(workers) for workers in (0, 2)}
+    for workers, output in outputs.items():
+        changes = {"dataloader_num_workers": workers, "max_steps": 5, "save_strategy": "no", "do_eval": "false"}
+        done = run_script("run_mlm", stream_flags(small_model, files, output, **changes))
+        assert done.returncode == 0, done.stderr
+    assert history(outputs[2]) == history(outputs[0])
+
+
+@pytest.mark.parametrize("settings", [{"line_by_line": "true"}, {"line_by_line": "false", "whole_word_mask": True}])
+def test_a_saved_state_continues_at_any_sample(script, tokenizer, files, tmp_path, settings):
+    for size, limit in ((9, 40), (25, None)):
+        more = {**settings, "shuffle_buffer_size": size}
+        more |= {} if limit is None else {"max_train_samples": limit}
+        fresh = tokenize(script, tokenizer, files, streaming=True, train_batch_size=1, **more)["train"]
+        whole = take(copy.deepcopy(fresh), 150)
+        for step in range(0, 150, 23):
+            stopped, resumed = copy.deepcopy(fresh), copy.deepcopy(fresh)
+            take(stopped, min(150, step + 5))  # Batches are fetched ahead.
+            stopped.save_state(tmp_path, step)
+            (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+            script.resume_stream(resumed, str(tmp_path))
+            assert take(resumed, 150 - step) == whole[step:]
+
+
+def test_a_resume_tokenizes_only_from_its_block_on(script, tokenizer, files, tmp_path, monkeypatch):
+    texts = []
+    encode = script.TextEncoder.encode
+
+    def watched(self, batch):
+        texts.extend(batch)
+        return encode(self, batch)
+
+    monkeypatch.setattr(script.TextEncoder, "encode", watched)
+    settings = {"streaming": True, "line_by_line": "true", "shuffle_buffer_size": 20, "train_batch_size": 1}
+    stream = tokenize(script, tokenizer, files, **settings)["train"]
+    take(stream, 70)
+    stream.save_state(tmp_path, 65)
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 65}')
+    resumed = tokenize(script, tokenizer, files, **settings)["train"]
+    script.resume_stream(resumed, str(tmp_path))
+    texts.clear()
+    take(resumed, 1)
+    assert len(texts) < 20 + 2 * script.STREAM_BATCH
+    assert not set(texts) & set(sentences(41))
+
+
+def stream_flags(small_model, files, output, **changes):
+    """Return the command line of a streamed run of 12 steps in several passes."""
+    settings = {"model_name_or_path": small_model, "output_dir": output, "do_train": True, "do_eval": True}
+    settings |= {"max_seq_length": LENGTH, "max_steps": 12, "learning_rate": 1e-3, "lr_scheduler_type": "constant"}
+    settings |= {"train_batch_size": 4, "gradient_accumulation_steps": 2, "dropout_rate": 0.1, "streaming": True}
+    settings |= {"logging_steps": 1, "save_steps": 3, "shuffle_buffer_size": 20, "max_train_samples": 50}
+    return [*flags(**{**settings, **changes}), *files]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"line_by_line": "false", "whole_word_mask": True},
+        {"line_by_line": "true", "group_by_length": True, "eval_strategy": "steps", "eval_steps": 6},
+    ],
+)
+def test_resumed_run_equals_the_uninterrupted_one(script, small_model, files, tmp_path, changes):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    script.main(stream_flags(small_model, files, whole, **changes))
+    entries = read_json(whole, "trainer_state.json")["log_history"]
+    assert [entry["epoch"] for entry in entries if "loss" in entry] == pytest.approx([i / 12 for i in range(1, 13)])
+    assert (whole / "checkpoint-9" / script.STREAM_STATE).exists()
+    shutil.copytree(whole / "checkpoint-9", resumed / "checkpoint-9")
+    script.main(stream_flags(small_model, files, resumed, **changes))
+    assert history(resumed) == history(whole)
+    assert weights(resumed) == weights(whole)
+
+
+def test_a_stopped_run_is_resumed(script, small_model, files, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    script.main(stream_flags(small_model, files, whole, line_by_line="true"))
+    masked = script.MaskingCollator.mask_sample
+
+    def send_signal(self, sample, input_ids):
+        if isinstance(sample.get("epoch"), int) and sample["epoch"] == 1 and not (stopped / "sent").exists():
+            (stopped / "sent").touch()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return masked(self, sample, input_ids)
+
+    stopped.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(script.MaskingCollator, "mask_sample", send_signal)
+        script.main(stream_flags(small_model, files, stopped, line_by_line="true", save_strategy="no"))
+    (stopped / "sent").unlink()
+    (checkpoint,) = stopped.glob("checkpoint-*")
+    assert 4 < int(checkpoint.name[11:]) < 9
+    script.main(stream_flags(small_model, files, stopped, line_by_line="true"))
+    assert weights(stopped) == weights(whole)
+
+
+def test_only_a_streamed_run_resumes_a_streamed_run(script, small_model, files, tmp_path, capsys):
+    for streaming, other in (("true", "false"), ("false", "true")):
+        output = tmp_path / streaming
+        settings = {"max_steps": 3, "do_eval": "false"}
+        script.main(stream_flags(small_model, files, output, **settings, streaming=streaming))
+        with pytest.raises(SystemExit, match="2"):
+            script.main(stream_flags(small_model, files, output, max_steps=4, streaming=other))
+        assert "--streaming" in capsys.readouterr().err
+
+
+def test_the_tokenizer_is_saved_without_truncation(script, small_model, files, tmp_path):
+    script.main(stream_flags(small_model, files, tmp_path / "o", line_by_line="true", max_steps=3))
+    for folder in (tmp_path / "o", tmp_path / "o" / "checkpoint-3"):
+        assert read_json(folder, "tokenizer.json")["truncation"] is None
+
+
+def test_validation_is_taken_from_the_beginning(script, tokenizer, tmp_path):
+    lines = sentences(1200)
+    given = ["--train_file", write_lines(tmp_path / "train.txt", lines)]
+    settings = {"streaming": True, "line_by_line": "true", "shuffle_buffer_size": 10}
+    for limit, first in ((None, 1000), (30, 30)):
+        more = {} if limit is None else {"max_val_samples": limit}
+        tokenized = tokenize(script, tokenizer, given, **settings, **more)
+        texts = [tokenizer(line, truncation=True, max_length=LENGTH)["input_ids"] for line in lines]
+        validation = tokenized["validation"]
+        assert [validation[i]["input_ids"].tolist() for i in range(len(validation))] == texts[:first]
+        assert all(validation[i]["epoch"] == script.EVAL_EPOCH for i in range(len(validation)))
+        assert sorted(row for _, _, row, _ in take(tokenized["train"], 100)) == sorted(texts[first : first + 100])
+
+
+def test_given_validation_data_is_read_whole_or_as_asked(script, tokenizer, tmp_path, files):
+    for more, count in (({}, 5), ({"max_val_samples": 2}, 2)):
+        settings = {"streaming": True, "line_by_line": "true", **more}
+        assert len(tokenize(script, tokenizer, files, **settings)["validation"]) == count
+
+
+def test_a_data_set_folder_is_streamed(script, tokenizer, tmp_path):
+    lines = sentences(40)
+    for split, part in (("train", lines), ("validation", lines[:3])):
+        (tmp_path / "hub").mkdir(exist_ok=True)
+        frame = pandas.DataFrame({"number": range(len(part)), "data": [{"body": line} for line in part]})
+        frame.to_parquet(tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
+    settings = {"dataset_name": tmp_path / "hub", "text_column_name": "data.body", "line_by_line": "true"}
+    tokenized = tokenize(script, tokenizer, [], streaming=True, **settings)
+    texts = [tokenizer(line, truncation=True, max_length=LENGTH)["input_ids"] for line in lines]
+    assert sorted(row for _, _, row, _ in take(tokenized["train"], 40)) == sorted(texts)
+    assert len(tokenized["validation"]) == 3
+
+
+@pytest.mark.parametrize("extension", ["csv", "json", "jsonl", "parquet"])
+@pytest.mark.filterwarnings(r"ignore:unclosed file .*\.csv:ResourceWarning")
+def test_other_formats_are_streamed(script, tokenizer, tmp_path, extension):
+    lines, path = sentences(30), str(tmp_path / f"train.{extension}")
+    frame = pandas.DataFrame({"text": lines})
+    if extension == "csv":
+        frame.to_csv(path, index=False)
+    elif extension == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_json(path, orient="records", lines=extension == "jsonl")
+    given = ["--train_file", path, "--validation_file", path]
+    stream = tokenize(script, tokenizer, given, streaming=True, line_by_line="true")["train"]
+    texts = [tokenizer(line, truncation=True, max_length=LENGTH)["input_ids"] for line in lines]
+    assert sorted(row for _, _, row, _ in take(stream, 30)) == sorted(texts)
+
+
+def test_a_stream_without_a_sample_is_an_error(script, small_model, tmp_path, capsys):
+    given = ["--train_file", write_lines(tmp_path / "empty.txt", ["", " "]), *flags(do_eval="false")]
+    given += ["--validation_file", given[1]]
+    for line_by_line in ("true", "false"):
+        with pytest.raises(SystemExit, match="2"):
+            script.main(stream_flags(small_model, given, tmp_path / "o", line_by_line=line_by_line))
+        assert "no sample" in capsys.readouterr().err
+
+
+def test_text_that_breaks_off_in_the_stream_is_an_error(script, tokenizer, tmp_path):
+    good, bad = tmp_path / "good.jsonl", tmp_path / "broken.jsonl"
+    good.write_text("".join(f'{{"text": "{line}"}}\n' for line in sentences(20)))
+    bad.write_text('{"text": "the baker ."}\n{"text": "the chi')
+    for train, validation, split in ((bad, good, "training"), (good, bad, "validation")):
+        given = ["--train_file", str(good), str(train), "--validation_file", str(good), str(validation)]
+        with pytest.raises(script.UserError, match=f"the streamed {split} data"):
+            take(tokenize(script, tokenizer, given, streaming=True, line_by_line="true")["train"], 21)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"do_train": True}, "--max_steps"),
+        ({}, "--do_train or --do_eval"),
+        ({"do_eval": True, "preprocessing_num_workers": 2}, "--preprocessing_num_workers"),
+        ({"do_eval": True, "validation_file": "v", "validation_ref_file": "r"}, "--validation_ref_file"),
+        ({"do_eval": True, "shuffle_buffer_size": 0}, "--shuffle_buffer_size 0"),
+    ],
+)
+def test_what_does_not_go_with_a_stream_is_refused(script, settings, message):
+    needed = {"model_name_or_path": "m", "output_dir": "o", "train_file": "t.txt", "line_by_line": "true"}
+    with pytest.raises(script.UserError, match=message):
+        script.parse_args(flags(**{**needed, "streaming": True, **settings}))

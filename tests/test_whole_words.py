@@ -1,0 +1,163 @@
+"""Whole words are chosen or left, whatever the tokenizer; how many tokens are masked stays what was asked for."""
+
+import importlib
+import itertools
+import math
+
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+from conftest import ROOT, flags, make_byte_level_tokenizer, make_tokenizer, sentences, write_lines
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+LENGTH = 16
+KINDS = ("wordpiece", "byte_level", "unigram", "unigram_of_any_text", "byte_level_of_any_text")
+RARE = "the baker zigzags over wobbly gravel and a sailor yawns"
+
+
+def make_unigram(splitting, used, decoder):
+    """Return a SentencePiece-like tokenizer with BERT's special tokens, trained on the words of the tiny sentences.
+
+    `splitting` is the pre-tokenizer of its training, `used` that of its use.
+    """
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special["mask_token"] = "[MASK]"
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.pre_tokenizer, backend.decoder = splitting, decoder
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=150, special_tokens=list(special.values()), unk_token="[UNK]", initial_alphabet=letters
+    )
+    trainer.show_progress = False
+    backend.train_from_iterator([*sentences(300), RARE], trainer)
+    backend.pre_tokenizer = used
+    ends = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **special)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """A function that returns a tokenizer of a kind."""
+
+    def make_kind(kind):
+        if kind == "wordpiece":
+            return make_tokenizer(tmp_path)
+        if kind == "byte_level":
+            return make_byte_level_tokenizer(tmp_path)
+        if kind == "byte_level_of_any_text":  # Nothing is split beforehand: one word id for a whole text.
+            used = pre_tokenizers.ByteLevel(use_regex=False)
+            return make_unigram(pre_tokenizers.ByteLevel(), used, decoders.ByteLevel())
+        used = pre_tokenizers.Metaspace(split=kind == "unigram")
+        return make_unigram(pre_tokenizers.Metaspace(), used, decoders.Metaspace())
+
+    return make_kind
+
+
+def tokenize(script, tokenizer, path, max_seq_length=LENGTH, **settings):
+    """Return the tokenized validation data of a run with whole words."""
+    needed = flags(model_name_or_path="m", output_dir="o", validation_file=path, whole_word_mask=True)
+    model_args, data_args, _ = script.parse_args(needed + flags(**settings))
+    raw = script.load_raw_datasets(model_args, data_args)
+    return script.tokenize_datasets(raw, tokenizer, data_args, max_seq_length)["validation"]
+
+
+def words_of(tokenizer, sample):
+    """Return the words that the flags of a sample make, decoded, special tokens left out."""
+    begins = [i for i, continues in enumerate(sample["continues_word"]) if i == 0 or not continues]
+    ids = sample["input_ids"].tolist()
+    words = [ids[first:end] for first, end in itertools.pairwise([*begins, len(ids)])]
+    special = tokenizer.all_special_ids
+    return [tokenizer.decode(word).strip() for word in words if word[0] not in special]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_flags_make_the_words_of_the_text(script, make, tmp_path, kind):
+    tokenizer = make(kind)
+    lines = [RARE, "", *sentences(30)]
+    dataset = tokenize(script, tokenizer, write_lines(tmp_path / "t.txt", lines), 200, line_by_line="true")
+    split = [words_of(tokenizer, dataset[i]) for i in range(len(dataset))]
+    assert split == [line.split() for line in lines if line]
+    assert len(dataset[0]["input_ids"]) > len(RARE.split()) + 5  # Rare words are of several tokens.
+
+
+def test_punctuation_makes_words_as_the_tokenizer_says(script, make, tmp_path):
+    tokenizer, path = make("byte_level"), write_lines(tmp_path / "t.txt", ["the baker's   dogs, 42 boats"])
+    found = words_of(tokenizer, tokenize(script, tokenizer, path, 60, line_by_line="true")[0])
+    assert [word for word in found if word] == ["the", "baker", "'s", "dogs", ",", "42", "boats"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_rows_carry_the_flags_of_their_tokens(script, make, tmp_path, kind):
+    tokenizer, lines = make(kind), [*sentences(60), RARE] * 3
+    path = write_lines(tmp_path / "t.txt", lines)
+    single = tokenize(script, tokenizer, path, 200, line_by_line="true")
+    rows = tokenize(script, tokenizer, path, line_by_line="false")
+    for name in ("input_ids", "continues_word"):
+        stream = np.concatenate([single[i][name] for i in range(len(single))])
+        joined = np.concatenate([rows[i][name] for i in range(len(rows))])
+        assert joined.dtype == stream.dtype
+        np.testing.assert_array_equal(joined, stream[: len(joined)])
+        assert len(stream) - len(joined) < LENGTH
+    assert any(rows[i]["continues_word"][0] for i in range(len(rows)))  # A word cut by the border of a row is two.
+
+
+@pytest.mark.parametrize(("kind", "line_by_line"), [("wordpiece", "false"), ("unigram", "true")])
+def test_the_masked_share_of_real_text_is_what_was_asked_for(make, kind, line_by_line):
+    """Masks as many epochs as it takes for four standard deviations to be below 1 %."""
+    script, probability = importlib.import_module("run_mlm_flax"), 0.15
+    tokenizer = make(kind)
+    path, length = ROOT / "configs/quickstart/validation.txt", 512
+    dataset = tokenize(script, tokenizer, path, length, line_by_line=line_by_line, max_val_samples=300)
+    collator = script.FlaxDataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
+    words, samples = [], [dataset[i] for i in range(len(dataset))]
+    for sample in samples:
+        begins = ~sample["continues_word"]
+        begins[0] = True
+        words.append(np.bincount(np.cumsum(begins) - 1, weights=~collator.is_special[sample["input_ids"]]))
+    words = np.concatenate(words)
+    assert words.sum() > 1.2 * (words > 0).sum()
+    deviation = math.sqrt(probability * (1 - probability) * (words**2).sum()) / words.sum()
+    epochs = math.ceil((4 * deviation / (0.01 * probability)) ** 2)
+    masked = 0
+    for epoch in range(epochs):
+        for sample in samples:
+            labels = collator.mask_sample({**sample, "epoch": epoch}, sample["input_ids"])[1]
+            masked += np.count_nonzero(labels >= 0)
+    assert masked / (epochs * words.sum()) == pytest.approx(probability, rel=0.01)
+
+
+@pytest.mark.parametrize("line_by_line", ["true", "false"])
+def test_words_are_chosen_whole_and_hidden_token_by_token(script, make, tmp_path, line_by_line):
+    tokenizer = make("wordpiece")
+    dataset = tokenize(script, tokenizer, write_lines(tmp_path / "t.txt", [RARE] * 60), line_by_line=line_by_line)
+    numpy = {"return_tensors": "np"} if script.__name__ == "run_mlm" else {}
+    collator_class = "MaskedLMCollator" if numpy else "FlaxDataCollatorForLanguageModeling"
+    collator = getattr(script, collator_class)(tokenizer, mlm_probability=0.5, mask_replace_prob=0.5, **numpy)
+    mixed = 0
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        inputs, labels = collator.mask_sample(sample, sample["input_ids"])
+        special = collator.is_special[sample["input_ids"]]
+        words = np.cumsum(~sample["continues_word"])
+        for word in np.unique(words):
+            chosen = labels[(words == word) & ~special] >= 0
+            assert chosen.all() or not chosen.any()
+            hidden = inputs[(words == word) & ~special] == tokenizer.mask_token_id
+            mixed += bool(chosen.any() and hidden.any() and not hidden.all())
+        assert not (labels[special] >= 0).any()
+    assert mixed > 5
+
+
+def test_a_slow_tokenizer_is_an_error(script, make, tmp_path):
+    make("wordpiece")
+    slow = transformers.BertTokenizer.from_pretrained(tmp_path)
+    with pytest.raises(script.UserError, match="--whole_word_mask needs a fast tokenizer"):
+        tokenize(script, slow, write_lines(tmp_path / "t.txt", sentences(3)))
+
+
+def test_references_and_word_ids_exclude_each_other(script):
+    settings = {"train_file": "t", "train_ref_file": "r", "line_by_line": "true", "whole_word_mask": True}
+    with pytest.raises(script.UserError, match="--whole_word_mask and --train_ref_file"):
+        script.parse_args(flags(model_name_or_path="m", output_dir="o", **settings))
