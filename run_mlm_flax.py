@@ -301,6 +301,11 @@ class TrainingArguments:
         return not jax.distributed.is_initialized() or jax.process_index() == 0
 
     @property
+    def dtype(self):
+        """What computations are made in."""
+        return jnp.bfloat16 if self.bf16 else jnp.float32
+
+    @property
     def step_samples(self):
         """Samples of one optimizer step on all devices."""
         return self.train_batch_size * self.gradient_accumulation_steps * jax.device_count()
@@ -2726,8 +2731,7 @@ def main(argv=None):
             logger.info("Tokenized and cached. Nothing was trained or evaluated: see --do_train and --do_eval.")
             return {}
 
-        dtype = jnp.bfloat16 if training_args.bf16 else jnp.float32
-        model = load_model(model_args, config, tokenizer, dtype, training_args.seed)
+        model = load_model(model_args, config, tokenizer, training_args.dtype, training_args.seed)
         run = build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
         metrics = {}
         if training_args.do_train:
