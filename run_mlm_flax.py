@@ -601,7 +601,7 @@ def check_inputs(model_args, data_args):
 
 def check_data_files(split, names):
     """Raise `UserError` where a data file is missing, a folder, empty, or of no known format."""
-    for name in names:
+    for name in listed(names):
         if os.path.isdir(name):
             raise UserError(f"--{split}_file {name} is a folder; name its files, as in '{os.path.join(name, '*.txt')}'")
     files = find_files(split, names)
@@ -712,7 +712,7 @@ def load_raw_datasets(model_args, data_args):
         formats = {split: file_format(split, found) for split, found in files.items()}
         raw = {}
         for split, found in files.items():
-            with data_errors(split, data_args), user_errors(f"--{split}_file {' '.join(named[split])}"):
+            with data_errors(split, data_args), user_errors(f"--{split}_file {' '.join(listed(named[split]))}"):
                 reading = options | READING.get(formats[split], {})
                 raw[split] = datasets.load_dataset(formats[split], data_files={split: found}, split=split, **reading)
     raw = {split: raw[split] for split in ("train", "validation") if split in raw}
@@ -743,10 +743,15 @@ def needed_splits(raw_datasets, training_args):
     return {split: raw for split, raw in raw_datasets.items() if wanted[split] or not any(wanted.values())}
 
 
+def listed(names):
+    """Return the file names of a flag, one or several, as a list."""
+    return [names] if isinstance(names, str) else names
+
+
 def find_files(split, names):
     """Return the files that a name or a list of them stands for, globs included; raises `UserError` where none is."""
     found = []
-    for name in [names] if isinstance(names, str) else names:
+    for name in listed(names):
         files = [name] if os.path.isfile(name) else sorted(filter(os.path.isfile, glob.glob(name)))
         if not files:
             raise UserError(f"--{split}_file {name}: no such file")
@@ -1016,7 +1021,7 @@ def data_source(split, data_args):
     if data_args.dataset_name:
         return f"--dataset_name {data_args.dataset_name}"
     own = getattr(data_args, f"{split}_file")
-    return f"--{split if own else 'train'}_file {' '.join(own or data_args.train_file)}"
+    return f"--{split if own else 'train'}_file {' '.join(listed(own or data_args.train_file))}"
 
 
 def check_texts(raw_datasets, data_args):
