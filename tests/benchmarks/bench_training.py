@@ -23,6 +23,7 @@ by the time of a step and the fastest matrix multiplication of like shapes, time
 """
 
 import argparse
+import contextlib
 import shutil
 import statistics
 import tempfile
@@ -86,6 +87,10 @@ ABLATIONS = {
     "ours, torch.compile": Variant(backends="torch", flags=["--torch_compile"]),
     "ours, fused AdamW off": Variant(backends="torch", flags=["--optim", "adamw_torch"]),
     "ours, no clipping": Variant(flags=["--max_grad_norm", "0"]),
+    "ours, PyTorch's dropout": Variant(
+        backends="torch", patches=[lambda script: setattr(script, "QuickDropout", contextlib.nullcontext)]
+    ),
+    "ours, huge pages": Variant(environment={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
     "ours, no dropout": Variant(flags=["--dropout_rate", "0"]),
 }
 LINE_VARIANTS = {"ours, group_by_length": Variant(flags=["--group_by_length"])}
