@@ -117,7 +117,7 @@ def test_text_is_the_named_column_or_text_or_the_first(script, tokenizer, tmp_pa
 @csv_left_open
 def test_a_column_without_text_is_an_error(script, tokenizer, tmp_path):
     path = write_format(tmp_path, "csv", sentences(3))
-    with pytest.raises(script.UserError, match="number holds int64, not text"):
+    with pytest.raises(script.UserError, match="the column number holds 0 in row 1, not text"):
         tokenize(script, tokenizer, validation_file=path, text_column_name="number")
 
 
