@@ -541,7 +541,7 @@ def check_inputs(model_args, data_args):
 
 def check_data_files(split, names):
     """Raise `UserError` where a data file is missing, a folder, empty, or of no known format."""
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         if os.path.isdir(name):
             raise UserError(f"--{split}_file {name} is a folder; name its files, as in '{os.path.join(name, '*.txt')}'")
     files = find_files(split, names)
@@ -650,7 +650,7 @@ def load_raw_datasets(model_args, data_args):
         formats = {split: file_format(split, found) for split, found in files.items()}
         raw = {}
         for split, found in files.items():
-            with data_errors(split, data_args), user_errors(f"--{split}_file {' '.join(named[split])}"):
+            with data_errors(split, data_args), user_errors(f"--{split}_file {named[split]}"):
                 reading = options | READING.get(formats[split], {})
                 raw[split] = datasets.load_dataset(formats[split], data_files={split: found}, split=split, **reading)
     raw = {split: raw[split] for split in ("train", "validation") if split in raw}
@@ -954,7 +954,7 @@ def data_source(split, data_args):
     if data_args.dataset_name:
         return f"--dataset_name {data_args.dataset_name}"
     own = getattr(data_args, f"{split}_file")
-    return f"--{split if own else 'train'}_file {' '.join(own or data_args.train_file)}"
+    return f"--{split if own else 'train'}_file {own or data_args.train_file}"
 
 
 def check_texts(raw_datasets, data_args):

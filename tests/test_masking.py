@@ -161,11 +161,11 @@ def test_evaluation_has_its_own_share_of_masks(tmp_path):
 
 
 def test_the_flags_reach_the_masks_of_training_and_evaluation(script, tmp_path):
-    """All tokens chosen, none hidden: a run whose inputs are its labels, and in evaluation a half of them."""
+    """All tokens chosen, almost none hidden: a run whose inputs are its labels, and in evaluation a half of them."""
     model = make_model(tmp_path / "model", num_hidden_layers=1)
     path = write_lines(tmp_path / "t.txt", ["a dog sees a dog and a dog sees a dog ."] * 40)
     arguments = flags(model_name_or_path=model, train_file=path, validation_file=path, output_dir=tmp_path / "o")
-    arguments += flags(mlm_probability=1, eval_mlm_probability=0.5, mask_replace_prob=0, random_replace_prob=0)
+    arguments += flags(mlm_probability=1, eval_mlm_probability=0.5, mask_replace_prob=0, random_replace_prob=1e-9)
     run = set_up(script, [*arguments, *flags(do_eval=True, line_by_line="true", max_seq_length=16)])
     if script is run_mlm:
         batches = [next(iter(loader)) for loader in (run.get_train_dataloader(), run.get_eval_dataloader())]
