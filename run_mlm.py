@@ -505,9 +505,10 @@ def exit_on_user_error(main):
 
 def wants_traceback(argv):
     """Return whether `--debug` or MLM_DEBUG=1 asks for the traceback of an error."""
+    argv = sys.argv[1:] if argv is None else argv
     with contextlib.suppress(UserError):
         argv = expand_flags(argv)
-    asked = re.search(r"(^|\s)--debug([\s=]true)?(\s--|$)", " ".join(map(str, argv or [])), re.IGNORECASE)
+    asked = re.search(r"(^|\s)--debug([\s=]true)?(\s--|$)", " ".join(map(str, argv)), re.IGNORECASE)
     return bool(asked) or os.environ.get("MLM_DEBUG") == "1"
 
 
@@ -538,7 +539,8 @@ def check_inputs(model_args, data_args):
             check_model_folder(flag, name, names)
         elif name and not os.path.exists(name) and name.startswith((".", "/", "~")) and ".ckpt" not in name:
             raise UserError(f"--{flag} {name}: no such folder")
-    check_hub([name for name in (*names.values(), data_args.dataset_name) if name and not os.path.exists(name)])
+    names = [name for name in (*names.values(), data_args.dataset_name) if name and ".ckpt" not in name]
+    check_hub([name for name in names if not os.path.exists(name)])
 
 
 def check_data_files(split, names):
@@ -1748,7 +1750,8 @@ class MaskedLMTrainer(Trainer):
 
     def create_optimizer_and_scheduler(self, num_training_steps):
         """Set both up; raises `UserError` for what is not installed here."""
-        with user_errors(f"--optim {self.args.optim}, --lr_scheduler_type {self.args.lr_scheduler_type}"):
+        optimizer, schedule = self.args.optim.value, self.args.lr_scheduler_type.value
+        with user_errors(f"--optim {optimizer}, --lr_scheduler_type {schedule}"):
             super().create_optimizer_and_scheduler(num_training_steps)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -563,9 +563,10 @@ def exit_on_user_error(main):
 
 def wants_traceback(argv):
     """Return whether `--debug` or MLM_DEBUG=1 asks for the traceback of an error."""
+    argv = sys.argv[1:] if argv is None else argv
     with contextlib.suppress(UserError):
         argv = expand_flags(argv)
-    asked = re.search(r"(^|\s)--debug([\s=]true)?(\s--|$)", " ".join(map(str, argv or [])), re.IGNORECASE)
+    asked = re.search(r"(^|\s)--debug([\s=]true)?(\s--|$)", " ".join(map(str, argv)), re.IGNORECASE)
     return bool(asked) or os.environ.get("MLM_DEBUG") == "1"
 
 
@@ -596,7 +597,8 @@ def check_inputs(model_args, data_args):
             check_model_folder(flag, name, names)
         elif name and not os.path.exists(name) and name.startswith((".", "/", "~")) and ".ckpt" not in name:
             raise UserError(f"--{flag} {name}: no such folder")
-    check_hub([name for name in (*names.values(), data_args.dataset_name) if name and not os.path.exists(name)])
+    names = [name for name in (*names.values(), data_args.dataset_name) if name and ".ckpt" not in name]
+    check_hub([name for name in names if not os.path.exists(name)])
 
 
 def check_data_files(split, names):

@@ -161,7 +161,7 @@ def test_evaluation_has_its_own_share_of_masks(tmp_path):
 
 
 def test_the_flags_reach_the_masks_of_training_and_evaluation(script, tmp_path):
-    """All tokens chosen, none hidden: a run whose inputs are its labels, and in evaluation a half of them."""
+    """All tokens chosen, almost none hidden: a run whose inputs are its labels, and in evaluation a half of them."""
     model = make_model(tmp_path / "model", num_hidden_layers=1)
     path = write_lines(tmp_path / "t.txt", ["a dog sees a dog and a dog sees a dog ."] * 40)
     arguments = flags(model_name_or_path=model, train_file=path, validation_file=path, output_dir=tmp_path / "o")

@@ -150,6 +150,15 @@ def test_a_folder_that_another_run_writes_to(script, model_folder, text_files, t
     assert (output / "model.safetensors").exists()
 
 
+def test_a_folder_that_is_not_writable(script, model_folder, text_files, tmp_path, capfd, monkeypatch):
+    output = tmp_path / "output"
+    output.mkdir(mode=0o500)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != str(output))  # Root may write anywhere.
+    line = error_line(script, short_run(model_folder, text_files, output), capfd)
+    assert f"--output_dir {output} is not writable" in line
+    assert list(output.iterdir()) == []
+
+
 @pytest.mark.parametrize("ending", [None, RuntimeError])
 def test_a_run_locks_its_folder_to_the_end(script, model_folder, text_files, tmp_path, monkeypatch, ending):
     output, save_results = tmp_path / "output", script.save_results
@@ -259,12 +268,15 @@ def test_a_device_that_is_not_there(script, model_folder, text_files, tmp_path, 
 
 
 @pytest.mark.parametrize("asked", [["--debug"], ["--debug", "true"], ["--debug=True"]], ids=str)
-def test_debugging_shows_the_traceback(script, tmp_path, asked):
+def test_debugging_shows_the_traceback(script, tmp_path, monkeypatch, asked):
     with pytest.raises(script.UserError, match="--output_dir"):
         script.main([*asked, "--seed", "1"])
     (tmp_path / "a.json").write_text('{"debug": true}')
     with pytest.raises(script.UserError, match="--output_dir"):
         script.main([str(tmp_path / "a.json")])
+    monkeypatch.setattr(sys, "argv", ["script", "nowhere.json", *asked])
+    with pytest.raises(script.UserError, match=r"nowhere\.json"):
+        script.main()
 
 
 @pytest.mark.parametrize("asked", [[], ["--debug", "false"], ["--seed", "1"]], ids=str)
@@ -285,6 +297,13 @@ def test_the_arguments_of_the_other_script_are_known():
     # A switch that is on by default in one script can be turned off there by a name of its own.
     assert {name.removeprefix("no_") for name in flax_names - torch_names} <= torch_names
     assert run_mlm.foreign_argument_names() == []
+
+
+def test_an_optimizer_that_is_not_installed(model_folder, text_files, tmp_path, capfd):
+    arguments = short_run(model_folder, text_files, tmp_path / "output", optim="adamw_bnb_8bit")
+    line = error_line(run_mlm, arguments, capfd)
+    assert "--optim adamw_bnb_8bit" in line
+    assert "bitsandbytes" in line or "bnb" in line
 
 
 def test_an_empty_list_reports_nowhere(model_folder, text_files, tmp_path):
