@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from conftest import SCRIPTS, flags, make_model, run_script, sentences, write_lines
+from conftest import ROOT, SCRIPTS, flags, make_model, run_script, sentences, write_lines
 
 TORCH, FLAX = ("run_mlm",), ("run_mlm_flax",)
 
@@ -484,3 +484,7 @@ def test_a_program_ends_with_one_line_and_status_2(name, mistake, place):
     assert done.returncode == 2
     check_message(done.stderr, mistake.words)
     assert snapshot(place) == before
+
+
+def test_readme_counts_them():
+    assert f"{len(MISTAKES)} mistakes, {len(CASES)} cases." in (ROOT / "README.md").read_text(encoding="utf-8")
