@@ -1634,11 +1634,16 @@ def quick_dropout(input, p=0.5, training=True, inplace=False):
 
 def quick_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
     """`scaled_dot_product_attention`; with dropout it is `DropoutAttention`."""
-    learned_mask = attn_mask is not None and attn_mask.requires_grad
-    if is_causal or learned_mask or options.get("enable_gqa") or query.ndim != 4 or not 0 < dropout_p < 1:
+    special = False  # A row that attends to nothing, or a mask that is learned.
+    if attn_mask is not None:
+        blocked = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask == -math.inf
+        special = attn_mask.requires_grad or blocked.all(-1).any()
+    if is_causal or special or options.get("enable_gqa") or query.ndim != 4 or not 0 < dropout_p < 1:
         return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -math.inf)
+    if attn_mask is not None:
+        attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
+        if attn_mask.dtype == torch.bool:
+            attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -math.inf)
     query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
     return DropoutAttention.apply(query, key, value * (1 / (1 - dropout_p)), attn_mask, 1 - dropout_p)
 
@@ -1704,6 +1709,8 @@ class MaskedLMTrainer(Trainer):
     def __init__(self, *args, selection=None, **kwargs):
         super().__init__(*args, compute_metrics=masked_lm_metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
+        if selection == "layer" and (self.args.gradient_checkpointing or self.args.torch_compile):
+            selection = "encoder"  # The layers may run again in the backward pass, when the hook in them is gone.
         self.selection = None if self.args.n_gpu > 1 else selection  # DataParallel splits the batch behind our back.
         self.first_step = self.reported_step = 0
         self.reported_loss = 0.0
@@ -1726,8 +1733,9 @@ class MaskedLMTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Return the loss of a micro-batch; raises `UserError` before the step is made where it is not finite."""
-        # Around the backward pass too: checkpointed activations are computed again there.
-        quick = self.args.device.type == "cpu" and not self.args.torch_compile
+        # Not where activations are computed again in the backward pass, which runs outside of it.
+        other = self.args.torch_compile or self.args.gradient_checkpointing
+        quick = self.args.device.type == "cpu" and not other
         with QuickDropout() if quick else contextlib.nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         # Waits for the device, as the Trainer's own look at the loss does by default; like that, not on a TPU.

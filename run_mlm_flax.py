@@ -1814,7 +1814,7 @@ def dropout_layer(module, inputs):
     size = math.prod(shape)
     bits = jax.random.bits(module.make_rng(module.rng_collection), (-(-size // 2),), jnp.uint32)
     bits = lax.bitcast_convert_type(bits, jnp.uint16).ravel()[:size].reshape(shape)
-    return jnp.where(bits < round(keep * 2**16), inputs / keep, 0)
+    return jnp.where(bits < min(round(keep * 2**16), 2**16 - 1), inputs / keep, 0)
 
 
 def labelled_logits(params, batch, dropout_rng=None, *, model, selection="encoder"):
