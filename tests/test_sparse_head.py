@@ -18,9 +18,6 @@ import run_mlm
 import run_mlm_flax
 
 LENGTH = 16
-# Where each architecture's hidden states can be left out at the earliest. The layers of ALBERT are one module, called
-# again and again; those of DistilBERT are laid out in another way.
-SELECTIONS = {"bert": "layer", "roberta": "layer", "electra": "layer", "albert": "encoder", "distilbert": "encoder"}
 
 
 @pytest.fixture(params=ARCHITECTURES)
@@ -53,9 +50,9 @@ def build(script, folder, tmp_path, *more):
     )
 
 
-def pytorch_loss(trainer, batch, selection):
+def pytorch_loss(trainer, batch, dense_head):
     """Return (loss, gradients, rows that the head computed)."""
-    trainer.selection = selection
+    trainer.selection = None if dense_head else trainer.selection or "layer"
     trainer.model.zero_grad()
     rows = []
     head = trainer.model.get_output_embeddings()
@@ -70,62 +67,37 @@ def pytorch_loss(trainer, batch, selection):
 
 def test_pytorch_loss_and_gradients_are_those_of_the_dense_head(folder, batch, tmp_path):
     trainer = build(run_mlm, folder, tmp_path)
-    assert trainer.selection == SELECTIONS[trainer.model.config.model_type]
+    assert trainer.selection
+    sparse, sparse_gradients, sparse_rows = pytorch_loss(trainer, batch, dense_head=False)
+    dense, dense_gradients, dense_rows = pytorch_loss(trainer, batch, dense_head=True)
+    assert (sparse_rows, dense_rows) == ([9], [4 * LENGTH])
+    assert sparse.item() == pytest.approx(dense.item(), rel=1e-6)
+    assert sparse_gradients.keys() == dense_gradients.keys()
+    for name, gradient in sparse_gradients.items():
+        torch.testing.assert_close(gradient, dense_gradients[name], rtol=1e-4, atol=1e-6)
     inputs = {name: torch.from_numpy(array).long() for name, array in batch.items()}
-    stock = trainer.model(**inputs).loss.item()
-    found = trainer.selection
-    dense, dense_gradients, dense_rows = pytorch_loss(trainer, batch, None)
-    assert dense_rows == [4 * LENGTH]
-    for selection in {"encoder", found}:
-        sparse, sparse_gradients, sparse_rows = pytorch_loss(trainer, batch, selection)
-        assert sparse_rows == [9]
-        assert sparse.item() == pytest.approx(dense.item(), rel=1e-6)
-        assert sparse.item() == pytest.approx(stock, rel=1e-6)
-        assert sparse_gradients.keys() == dense_gradients.keys()
-        for name, gradient in sparse_gradients.items():
-            torch.testing.assert_close(gradient, dense_gradients[name], rtol=1e-4, atol=1e-6)
+    assert sparse.item() == pytest.approx(trainer.model(**inputs).loss.item(), rel=1e-6)  # The stock loss.
 
 
 def test_flax_loss_and_gradients_are_those_of_the_dense_head(folder, batch, tmp_path):
     run = build(run_mlm_flax, folder, tmp_path)
-    assert run.selection == SELECTIONS[run.model.config.model_type]
+    assert run.selection
     selected = batch | run_mlm_flax.select_labels(batch["labels"], 16)
     shapes = []
 
-    def mean_loss(params, inputs, selection):
-        logits = run_mlm_flax.labelled_logits(params, inputs, model=run.model, selection=selection)
+    def mean_loss(params, inputs):
+        logits = run.apply_fn(params, inputs)
         shapes.append(logits.shape[:-1])
         labels = inputs["labels"]
         total, count = run_mlm_flax.cross_entropy(logits, jnp.maximum(labels, 0), labels >= 0)
         return total / count
 
-    gradient = jax.jit(jax.value_and_grad(mean_loss), static_argnums=2)
-    dense, dense_gradients = gradient(run.model.params, batch, "encoder")
-    assert shapes == [(4, LENGTH)]
-    same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-    for selection in {"encoder", run.selection}:
-        sparse, sparse_gradients = gradient(run.model.params, selected, selection)
-        assert shapes[-1] == (16,)
-        assert float(sparse) == pytest.approx(float(dense), rel=1e-6)
-        jax.tree.map(same, sparse_gradients, dense_gradients)
-
-
-def test_no_layer_is_cut_where_that_changes_the_loss(script, tmp_path):
-    # A configuration that names the first of two layers as the last one: the second still attends to all positions.
-    run = build(script, make_model(tmp_path / "model", initializer_range=0.3), tmp_path)
-    assert run.selection == "layer"
-    model, collator = run.model, run.data_collator if script is run_mlm else run.collator
-    sample = run.train_dataset if script is run_mlm else run.tokenized["train"]
-    model.config.num_hidden_layers = 1
-    assert script.find_selection(model, sample, collator) == "encoder"
-
-
-def test_no_layer_is_cut_where_that_fails(tmp_path):
-    # The last layer of MobileBERT needs its inputs again, behind its attention.
-    sizes = {"true_hidden_size": 32, "intra_bottleneck_size": 32}
-    trainer = build(run_mlm, make_model(tmp_path / "model", "mobilebert", **sizes), tmp_path)
-    assert run_mlm.last_attention_output(trainer.model) is not None
-    assert trainer.selection == "encoder"
+    gradient = jax.jit(jax.value_and_grad(mean_loss))
+    sparse, sparse_gradients = gradient(run.model.params, selected)
+    dense, dense_gradients = gradient(run.model.params, batch)
+    assert shapes == [(16,), (4, LENGTH)]
+    assert float(sparse) == pytest.approx(float(dense), rel=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), sparse_gradients, dense_gradients)
 
 
 def test_dense_head_is_a_flag(script, tmp_path):
@@ -135,9 +107,7 @@ def test_dense_head_is_a_flag(script, tmp_path):
 
 def test_no_labels_no_loss_and_no_nan(tmp_path, batch):
     trainer = build(run_mlm, make_model(tmp_path / "model"), tmp_path)
-    loss, gradients, rows = pytorch_loss(
-        trainer, {**batch, "labels": np.full_like(batch["labels"], -100)}, trainer.selection
-    )
+    loss, gradients, rows = pytorch_loss(trainer, {**batch, "labels": np.full_like(batch["labels"], -100)}, False)
     assert loss.item() == 0
     assert rows == [0]
     assert gradients and not any(gradient.any() for gradient in gradients.values())
