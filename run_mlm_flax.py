@@ -1341,9 +1341,20 @@ def group_by_length(order, lengths, batch_size):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class SampleKey(np.random.bit_generator.ISeedSequence):
+    """A key of `np.random.Philox`, which asks the system for entropy first, three times as slow, if given as `key`."""
+
+    def __init__(self, seed, index):
+        self.words = np.array([seed, index], np.uint64)
+
+    def generate_state(self, n_words, dtype=np.uint32):
+        """Return the key: uint64 [2]."""
+        return self.words
+
+
 def sample_generator(seed, epoch, index):
     """Return the random generator that belongs to one sample in one epoch, wherever and whenever it is asked for."""
-    return np.random.Generator(np.random.Philox(key=[seed, index], counter=[0, 0, 0, epoch]))
+    return np.random.Generator(np.random.Philox(SampleKey(seed, index), counter=[0, 0, 0, epoch]))
 
 
 def mask_tokens(
@@ -1363,17 +1374,16 @@ def mask_tokens(
     (inputs: int32 [L], labels: int32 [L], -100 where not chosen). A chosen token becomes the mask token, a random one,
     or stays. With `continues_word: bool [L]`, words are chosen as a whole. Draws from `generator` only.
     """
-    length = len(input_ids)
-    chosen = generator.binomial(1, mlm_probability, length).astype(bool)
+    inputs, labels = input_ids.astype(np.int32), np.full(len(input_ids), IGNORED_LABEL, np.int32)
+    chosen = generator.random(len(inputs)) < mlm_probability
     if continues_word is not None:
-        chosen = chosen[np.maximum.accumulate(np.where(continues_word, 0, np.arange(length)))]
-    chosen &= ~special_tokens_mask
-    draw = generator.random(length)
-    random_ids = generator.integers(vocab_size, size=length, dtype=np.int32)
-    labels = np.where(chosen, input_ids, np.int32(IGNORED_LABEL))
-    replaced = chosen & (draw < mask_replace_prob)
-    randomized = chosen & ~replaced & (draw < mask_replace_prob + random_replace_prob)
-    return np.where(replaced, mask_token_id, np.where(randomized, random_ids, input_ids)), labels
+        chosen = chosen[np.maximum.accumulate(np.where(continues_word, 0, np.arange(len(inputs))))]
+    places = np.flatnonzero(chosen & ~special_tokens_mask)
+    labels[places] = inputs[places]
+    draw, random_ids = generator.random((2, len(places)))
+    visible = np.where(draw < mask_replace_prob + random_replace_prob, random_ids * vocab_size, inputs[places])
+    inputs[places] = np.where(draw < mask_replace_prob, mask_token_id, visible)
+    return inputs, labels
 
 
 class MaskingCollator:
@@ -1419,7 +1429,7 @@ class MaskingCollator:
             input_ids,
             np.asarray(sample.get("special_tokens_mask", self.is_special[input_ids]), bool),
             sample_generator(self.seed or 0, epoch, index),
-            mask_token_id=self.tokenizer.mask_token_id,
+            mask_token_id=self.mask_token_id,
             vocab_size=self.vocab_size,
             mlm_probability=self.probability(epoch),
             mask_replace_prob=self.mask_replace_prob,
@@ -1436,6 +1446,11 @@ class MaskingCollator:
     def vocab_size(self):
         """The size of the vocabulary, which a tokenizer counts anew each time it is asked."""
         return len(self.tokenizer)
+
+    @functools.cached_property
+    def mask_token_id(self):
+        """The mask token, which a tokenizer looks up anew each time it is asked."""
+        return self.tokenizer.mask_token_id
 
     @functools.cached_property
     def is_special(self):
