@@ -20,6 +20,7 @@ import run_mlm
 import run_mlm_flax
 
 LENGTH = 16
+DENSE = "needs all positions in its head: training with the dense head."
 # Where each architecture's hidden states can be left out at the earliest. The layers of ALBERT are one module, called
 # again and again; those of DistilBERT are laid out in another way.
 SELECTIONS = {"bert": "layer", "roberta": "layer", "electra": "layer", "albert": "encoder", "distilbert": "encoder"}
@@ -123,21 +124,53 @@ def test_pytorch_cuts_no_layer_where_that_changes_the_loss(tmp_path):
         assert run_mlm.find_selection(*settings) == "encoder"
 
 
-def test_flax_cuts_no_layer_where_that_changes_the_logits(tmp_path):
-    run = build(run_mlm_flax, make_model(tmp_path / "model", initializer_range=0.3), tmp_path)
-    settings = run.model, run.tokenized["train"], run.collator
-    assert run.selection == "layer"
-    run.model._config = copy.copy(run.model.config)  # Not that of the layers, which there are two of.
-    run.model.config.num_hidden_layers = 1
-    assert run_mlm_flax.find_selection(*settings) == "encoder"
+class Changed:
+    """A Flax model told of another number of layers than it has, its logits changed by a function."""
+
+    def __init__(self, model, num_hidden_layers, change=lambda logits: logits):
+        self.model, self.params, self.base_model_prefix = model, model.params, model.base_model_prefix
+        self.config, self.change = copy.copy(model.config), change
+        self.config.num_hidden_layers = num_hidden_layers
+
+    def __call__(self, token_type_ids, **inputs):
+        return (self.change(self.model(token_type_ids=token_type_ids, **inputs)[0]),)
 
 
-def test_no_layer_is_cut_where_that_fails(tmp_path):
+def test_flax_cuts_no_layer_where_that_fails(tmp_path):
+    # The second of two layers cannot attend to positions that the first has left out.
+    run = build(run_mlm_flax, make_model(tmp_path / "model"), tmp_path)
+    found = [
+        run_mlm_flax.find_selection(Changed(run.model, layers), run.tokenized["train"], run.collator)
+        for layers in (2, 1)
+    ]
+    assert found == ["layer", "encoder"]
+
+
+def test_pytorch_cuts_no_layer_where_that_fails(tmp_path):
     # The last layer of MobileBERT needs its inputs again, behind its attention.
     sizes = {"true_hidden_size": 32, "intra_bottleneck_size": 32, "embedding_size": 16}
     trainer = build(run_mlm, make_model(tmp_path / "model", "mobilebert", **sizes), tmp_path)
     assert run_mlm.last_attention_output(trainer.model) is not None
     assert trainer.selection == "encoder"
+
+
+def mix(logits):
+    """Return logits that depend on all the positions there are."""
+    return logits - logits.mean(1, keepdims=True)
+
+
+def test_pytorch_stays_dense_where_the_head_needs_all_positions(tmp_path, caplog):
+    trainer = build(run_mlm, make_model(tmp_path / "model", initializer_range=0.3), tmp_path)
+    settings = trainer.model, trainer.train_dataset, trainer.data_collator
+    trainer.model.cls.register_forward_hook(lambda module, inputs, output: mix(output))
+    assert run_mlm.find_selection(*settings) is None
+    assert caplog.messages[-1] == f"BertForMaskedLM {DENSE}"
+
+
+def test_flax_stays_dense_where_the_head_needs_all_positions(tmp_path, caplog):
+    run = build(run_mlm_flax, make_model(tmp_path / "model", initializer_range=0.3), tmp_path)
+    assert run_mlm_flax.find_selection(Changed(run.model, 2, mix), run.tokenized["train"], run.collator) is None
+    assert caplog.messages[-1] == f"Changed {DENSE}"
 
 
 def test_dense_head_is_a_flag(script, tmp_path):
@@ -176,9 +209,7 @@ def test_an_encoder_decoder_keeps_the_dense_head_and_trains(tmp_path, caplog):
     ) + flags(max_seq_length=LENGTH, max_steps=20, logging_steps=1, learning_rate=1e-2)
     lines = write_lines(tmp_path / "train.txt", sentences(100))
     metrics = run_mlm.main([*arguments, "--train_file", lines])
-    assert "BartForConditionalGeneration needs all positions in its head: training with the dense head." in [
-        record.getMessage() for record in caplog.records
-    ]
+    assert f"BartForConditionalGeneration {DENSE}" in caplog.messages
     history = run_mlm.json.loads((tmp_path / "output" / "trainer_state.json").read_text())["log_history"]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     assert losses[-1] < losses[0] - 0.5
@@ -213,4 +244,7 @@ def test_label_slots_are_the_same_for_usual_batches():
     slots = {run_mlm_flax.label_slots(np.where(generator.random((16, 128)) < 0.15, 5, -100), 0.15) for _ in range(200)}
     assert slots == {392}
     assert run_mlm_flax.label_slots(np.full((16, 128), 5), 0.15) == 2048
-    assert run_mlm_flax.label_slots(np.where(np.arange(2048).reshape(16, 128) < 400, 5, -100), 0.15) == 784
+    # Whatever the batch, there are few shapes to compile.
+    place = np.arange(2048).reshape(16, 128)
+    slots = {run_mlm_flax.label_slots(np.where(place < count, 5, -100), 0.15) for count in range(2049)}
+    assert slots == {392, 784, 1176, 1568, 1960, 2048}
