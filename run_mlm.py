@@ -1957,7 +1957,7 @@ def mean_metrics(loss, hits, count):
 def find_selection(model, dataset, collator):
     """Return where hidden states can be left out, "layer" or "encoder", or None if the head needs all positions.
 
-    Tried on two samples: the logits must stay the same. Raises `UserError` for a model that fails with all positions.
+    Tried on two samples: the logits must stay the same. Raises what the model does with all positions.
     """
     batch = collator([dataset[i % len(dataset)] for i in range(2)])
     length = batch["input_ids"].shape[1]
@@ -1967,7 +1967,7 @@ def find_selection(model, dataset, collator):
     was_training = model.training
     model.eval()
     found = None
-    with torch.no_grad(), user_errors(f"{type(model).__name__} fails at the first samples"):
+    with torch.no_grad():
         model(**model_inputs(model, batch))
     # Some fill up rows to whole blocks of attention, which an odd length needs.
     for selection, cut in {"encoder": length, "layer": length - 1 + length % 2}.items():
@@ -2010,6 +2010,8 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         seed=training_args.seed,
     )
     sample = next(dataset for dataset in tokenized.values() if len(dataset))
+    with user_errors(f"{model_args.model_flag} fails at the first samples"):
+        selection = None if model_args.dense_head else find_selection(model, sample, collator)
     return MaskedLMTrainer(
         model=model,
         args=training_args,
@@ -2017,7 +2019,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         train_dataset=tokenized.get("train"),
         eval_dataset=tokenized.get("validation"),
         processing_class=tokenizer,
-        selection=None if model_args.dense_head else find_selection(model, sample, collator),
+        selection=selection,
     )
 
 

@@ -2041,14 +2041,13 @@ def length_multiple(max_seq_length):
 def find_selection(model, dataset, collator):
     """Return where hidden states can be left out, "layer" or "encoder", or None if the head needs all positions.
 
-    Tried on two samples: the logits must stay the same. Raises `UserError` for a model that fails with all positions.
+    Tried on two samples: the logits must stay the same. Raises what the model does with all positions.
     """
     batch = collator([dataset[i % len(dataset)] for i in range(2)])
     # More positions than a row has: some models cut to its length what they go on with.
     positions = np.flatnonzero(np.arange(batch["input_ids"].size) % 3 > 0)
     found = None
-    with user_errors(f"{type(model).__name__} fails at the first samples"):
-        dense = jax.jit(functools.partial(labelled_logits, model=model))(model.params, batch)
+    dense = jax.jit(functools.partial(labelled_logits, model=model))(model.params, batch)
     dense = dense.reshape(-1, dense.shape[-1])[positions]
     for selection in ("encoder", "layer"):
         forward = jax.jit(functools.partial(labelled_logits, model=model, selection=selection))
@@ -2090,6 +2089,8 @@ def build_run(model_args, data_args, training_args, model, tokenizer, tokenized,
         seed=training_args.seed,
     )
     sample = next(dataset for dataset in tokenized.values() if len(dataset))
+    with user_errors(f"{model_args.model_flag} fails at the first samples"):
+        selection = None if model_args.dense_head else find_selection(model, sample, collator)
     return Run(
         args=training_args,
         model=model,
@@ -2098,7 +2099,7 @@ def build_run(model_args, data_args, training_args, model, tokenizer, tokenized,
         tokenized=tokenized,
         max_seq_length=max_seq_length,
         pad_to_max_length=data_args.pad_to_max_length,
-        selection=None if model_args.dense_head else find_selection(model, sample, collator),
+        selection=selection,
         writer=SummaryWriter(os.path.join(training_args.output_dir, "logs") if training_args.should_log else None),
     )
 
