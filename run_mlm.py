@@ -753,7 +753,7 @@ def choose_max_seq_length(data_args, tokenizer, config):
     """Return the number of tokens per sample: what was asked for, as far as tokenizer and model go."""
     positions = getattr(config, "max_position_embeddings", None) or sys.maxsize
     if config.model_type in OFFSET_POSITIONS:
-        positions -= config.pad_token_id + 1
+        positions -= (config.pad_token_id or tokenizer.pad_token_id or 0) + 1
     limit = min(tokenizer.model_max_length, positions)
     shortest = tokenizer.num_special_tokens_to_add() + 1
     if data_args.max_seq_length is not None and data_args.max_seq_length < shortest:
@@ -1524,7 +1524,8 @@ def load_tensorflow_model(name, config):
 
 def resize_vocabulary(model, size):
     """Make token embeddings and decoder fit `size` tokens; new rows start as the mean of the old ones."""
-    old_size = model.get_input_embeddings().num_embeddings
+    embeddings = model.get_input_embeddings()
+    old_size = len(getattr(embeddings, "weight", embeddings))  # That of Perceiver is no layer.
     if size == old_size:
         return
     logger.info(f"Resizing the token embeddings from {old_size} to {size}.")
