@@ -1524,8 +1524,7 @@ def load_tensorflow_model(name, config):
 
 def resize_vocabulary(model, size):
     """Make token embeddings and decoder fit `size` tokens; new rows start as the mean of the old ones."""
-    embeddings = model.get_input_embeddings()
-    old_size = len(getattr(embeddings, "weight", embeddings))  # That of Perceiver is no layer.
+    old_size = model.config.get_text_config().vocab_size
     if size == old_size:
         return
     logger.info(f"Resizing the token embeddings from {old_size} to {size}.")
