@@ -1868,6 +1868,9 @@ class MaskedLMTrainer(Trainer):
         inputs = model_inputs(unwrapped, inputs)
         if self.selection is None:
             return model(**inputs).logits[positions], labels[positions]
+        if self.args.torch_compile:
+            for index in positions:
+                torch._dynamo.maybe_mark_dynamic(index, 0)  # Or the second K compiles the model anew.
         with labelled_positions_only(unwrapped, positions, self.selection):
             return model(**inputs).logits[0], labels[positions]
 
