@@ -1462,6 +1462,7 @@ def load_tokenizer(model_args):
 
 def fit_config(config, tokenizer):
     """Give a new model's configuration the vocabulary and the special ids of its tokenizer."""
+    config = config.get_text_config()  # The part for text, of a model that sees images too.
     config.vocab_size = len(tokenizer)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if getattr(tokenizer, name) is not None:

@@ -63,9 +63,7 @@ FLAX = {
 }
 ONLY = {  # Of one major version of Transformers.
     4: {"mega", "nezha", "qdqbert", "wav2vec2"},
-    5: set(
-        "esmc eurobert gte jina_embeddings_v3 modernvbert neomme nomic_bert ultrabert ultravbert".split()
-    ),
+    5: set("esmc eurobert gte jina_embeddings_v3 modernvbert neomme nomic_bert ultrabert ultravbert".split()),
 }
 MAPPINGS = {"run_mlm": "MODEL_FOR_MASKED_LM_MAPPING", "run_mlm_flax": "FLAX_MODEL_FOR_MASKED_LM_MAPPING"}
 MAJOR = int(transformers.__version__.split(".")[0])
