@@ -846,7 +846,9 @@ class TextEncoder:
             limits = {"truncation": self.line_by_line, "max_length": self.max_seq_length if self.line_by_line else None}
             token_ids = [self.tokenizer.prepare_for_model(ids, **limits, verbose=False)["input_ids"] for ids in whole]
             full_lengths = [len(ids) + specials for ids in whole]
-        columns["input_ids"] = pa.array(token_ids, pa.list_(pa.from_numpy_dtype(self.id_type)))
+        values = np.fromiter(itertools.chain.from_iterable(token_ids), self.id_type)  # Half the time of pa.array.
+        offsets = pa.array(np.cumsum([0, *map(len, token_ids)]), pa.int32())
+        columns["input_ids"] = pa.ListArray.from_arrays(offsets, pa.array(values))
         if self.line_by_line:
             columns["full_length"] = pa.array(full_lengths, pa.int32())
         if self.whole_words:
