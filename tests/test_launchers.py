@@ -26,8 +26,7 @@ import runpy, sys
 
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
-assert "jax" in sys.modules
-assert "torch" not in sys.modules
+assert not {"torch", "jax"} <= set(sys.modules)
 """
 HIDE_TORCH = """
 import importlib.machinery, importlib.util
@@ -66,11 +65,11 @@ assert not xla_bridge._backends, "a device was started"
 
 
 def run_python(code, *arguments, cwd):
-    """Run code in a new interpreter that finds the scripts nowhere but where told, and return the process."""
+    """Run code in a new interpreter that finds modules nowhere but where they are installed, and return the process."""
     return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, "-I", "-c", code, *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "HF_HOME": str(cwd / "cache")},
+        env={**os.environ, "HF_HOME": str(cwd.parent / "cache")},
         capture_output=True,
         text=True,
         timeout=300,
@@ -79,14 +78,15 @@ def run_python(code, *arguments, cwd):
 
 @pytest.fixture
 def job(tmp_path):
-    """A function that puts a script alone into a folder with input, and returns (folder, arguments of a short run)."""
+    """A function that puts a script alone into an empty folder, and returns (folder, arguments of a short run)."""
 
     def prepare(name):
         work = tmp_path / "work"
-        make_model(work / "model", num_hidden_layers=1)
-        write_lines(work / "train.txt", sentences(60))
+        work.mkdir()
+        model = make_model(tmp_path / "model", num_hidden_layers=1)
+        lines = write_lines(tmp_path / "train.txt", sentences(60))
         shutil.copy(ROOT / f"{name}.py", work)
-        arguments = flags(model_name_or_path="model", train_file="train.txt", output_dir="output", do_train=True)
+        arguments = flags(model_name_or_path=model, train_file=lines, output_dir="output", do_train=True)
         arguments += flags(do_eval=True, max_steps=2, max_seq_length=16, line_by_line="false", dropout_rate=0)
         arguments += flags(learning_rate=1e-3, lr_scheduler_type="linear")
         return work, [f"{name}.py", *arguments]
@@ -94,29 +94,31 @@ def job(tmp_path):
     return prepare
 
 
-def assert_trained_and_evaluated(done, work):
-    """Check that the job of a process was done."""
+def assert_trained_and_evaluated(done, work, name):
+    """Check that the job of a process was done, with nothing else in its folder."""
     assert done.returncode == 0, done.stderr
     results = read_json(work / "output", "all_results.json")
     assert results["train_loss"] > 0 < results["eval_loss"]
     assert read_json(work / "output", "trainer_state.json")["global_step"] == 2
     assert (work / "output" / "model.safetensors").exists()
+    assert {path.name for path in work.iterdir()} - {"__pycache__"} == {name, "output"}
 
 
 def test_a_launcher_imports_the_copied_script_and_calls_its_entry_point(job):
     work, arguments = job("run_mlm")
-    assert_trained_and_evaluated(run_python(LAUNCHER, *arguments, cwd=work), work)
+    assert_trained_and_evaluated(run_python(LAUNCHER, *arguments, cwd=work), work, arguments[0])
 
 
-def test_the_copied_flax_program_does_not_import_torch(job):
-    assert importlib.util.find_spec("torch")
-    work, arguments = job("run_mlm_flax")
-    assert_trained_and_evaluated(run_python(AS_A_PROGRAM, *arguments, cwd=work), work)
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_copied_alone_trains_there_with_one_framework(job, name):
+    assert importlib.util.find_spec("torch") and importlib.util.find_spec("jax")
+    work, arguments = job(name)
+    assert_trained_and_evaluated(run_python(AS_A_PROGRAM, *arguments, cwd=work), work, arguments[0])
 
 
 def test_the_copied_flax_program_runs_where_there_is_no_torch(job):
     work, arguments = job("run_mlm_flax")
-    assert_trained_and_evaluated(run_python(HIDE_TORCH + AS_A_PROGRAM, *arguments, cwd=work), work)
+    assert_trained_and_evaluated(run_python(HIDE_TORCH + AS_A_PROGRAM, *arguments, cwd=work), work, arguments[0])
 
 
 def test_importing_has_no_side_effect(tmp_path):
