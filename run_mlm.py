@@ -247,9 +247,11 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     report_to: Optional[list[str]] = HfArg(default=None, help="Where to log: tensorboard, wandb, none, ...")
     debug: bool = HfArg(default=False, help="Show the traceback of an error.")
-    # Transformers 5 has dropped these: documented, shared with the Flax script, or given by `xla_spawn`.
+    # Transformers 5 has dropped these or made something else of them: documented, shared with the Flax script, or
+    # given by `xla_spawn`.
     overwrite_output_dir: bool = HfArg(default=False, help="Write over what output_dir holds.")
     group_by_length: bool = HfArg(default=False, help="Make batches of samples of like lengths.")
+    warmup_steps: int = HfArg(default=0, help="Steps of linear warmup.")
     warmup_ratio: float = HfArg(default=0.0, help="Warmup as a share of all steps, where warmup_steps is 0.")
     logging_dir: Optional[str] = HfArg(default=None, help="Where TensorBoard's events go (default: in output_dir).")
     save_safetensors: bool = HfArg(default=True, help="Write safetensors; Transformers 5 writes nothing else.")
@@ -266,6 +268,8 @@ class TrainingArguments(transformers.TrainingArguments):
         self.use_cpu |= not (torch.accelerator.is_available() or is_torch_xla_available())  # Allows --bf16 there.
         if self.fp16 and self.use_cpu:
             raise UserError("--fp16 needs a GPU; on a CPU give --bf16")
+        if self.fsdp and self.use_cpu:
+            raise UserError("--fsdp needs GPUs: Accelerate shards nothing on a CPU; leave it out")
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"--warmup_ratio {self.warmup_ratio} must be from 0 to 1")
         if not self.save_safetensors and not hasattr(transformers.TrainingArguments, "save_safetensors"):
@@ -286,6 +290,12 @@ class TrainingArguments(transformers.TrainingArguments):
     def writes_results(self):
         """Whether this process writes to `output_dir`."""
         return (self.do_train or self.do_eval) and self.process_index == 0
+
+    @property
+    def device(self):
+        """The device of this process; a CPU without the process number, with which no checkpoint can be read."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
 
     def get_warmup_steps(self, num_training_steps):
         """Return the steps of warmup; Transformers 5 does not read `warmup_ratio`."""
@@ -1779,11 +1789,15 @@ class MaskedLMTrainer(Trainer):
             self.stop_training("a weight is not finite", step - 1)
         super().save_model(output_dir, _internal_call)
 
-    def create_optimizer_and_scheduler(self, num_training_steps):
-        """Set both up; raises `UserError` for what is not installed here."""
-        optimizer, schedule = self.args.optim.value, self.args.lr_scheduler_type.value
-        with user_errors(f"--optim {optimizer}, --lr_scheduler_type {schedule}"):
-            super().create_optimizer_and_scheduler(num_training_steps)
+    def create_optimizer(self, *args, **kwargs):
+        """Return the optimizer; raises `UserError` for one that is not installed here."""
+        with user_errors(f"--optim {self.args.optim.value}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        """Return the schedule; raises `UserError` for one that lacks an argument."""
+        with user_errors(f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"):
+            return super().create_scheduler(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with user_errors(f"the model in {resume_from_checkpoint}", CHECKPOINT_FIX):
@@ -2406,6 +2420,8 @@ def evaluate(trainer):
     """Evaluate on all validation samples and return the metrics."""
     metrics = trainer.evaluate()
     metrics.pop("eval_model_preparation_time", None)  # Only there without training before.
+    if not trainer.args.do_train:
+        metrics.pop("epoch", None)  # Transformers 5 calls it 0.
     dataset = trainer.eval_dataset
     metrics["perplexity"] = metrics.pop("eval_perplexity")
     metrics["eval_samples"] = len(dataset)

@@ -32,6 +32,7 @@ import transformers
 
 # Set by the second leg of `.ci/run`: Transformers 5, where there are no Flax models.
 WITHOUT_FLAX = os.environ.get("MLM_TEST_WITHOUT_FLAX") == "1"
+slow_tokenizers = pytest.mark.skipif(WITHOUT_FLAX, reason="Transformers 5 has no slow tokenizer for BERT")
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("run_mlm", "run_mlm_flax")
 ARCHITECTURES = ("bert", "roberta", "albert", "distilbert", "electra")
@@ -140,6 +141,8 @@ def make_tokenizer(folder, extra=()):
     """Write a BERT tokenizer of whole words, letters and word pieces, and return it."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     vocabulary = [*SPECIAL, *dict.fromkeys([*WORDS, *letters]), *(f"##{letter}" for letter in letters), *extra]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path(folder, name).unlink(missing_ok=True)  # Of a tokenizer that was there before.
     write_lines(Path(folder) / "vocab.txt", vocabulary)
     tokenizer = transformers.BertTokenizerFast.from_pretrained(folder, model_max_length=64)
     tokenizer.save_pretrained(folder)

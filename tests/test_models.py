@@ -9,10 +9,21 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import ARCHITECTURES, SCRIPTS, flags, make_model, make_tokenizer, read_json, sentences, write_lines
+from conftest import (
+    ARCHITECTURES,
+    SCRIPTS,
+    WITHOUT_FLAX,
+    flags,
+    make_model,
+    make_tokenizer,
+    read_json,
+    sentences,
+    write_lines,
+)
 from safetensors.numpy import load_file
 
 LENGTH = 16
+OTHER_CLASS = transformers.AutoModelForMaskedLM if WITHOUT_FLAX else transformers.FlaxAutoModelForMaskedLM
 SMALL = {"num_hidden_layers": 1, "n_layers": 1}
 OVERRIDES = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64,max_position_embeddings=64"
 
@@ -61,7 +72,7 @@ def assert_loads_whole_and_alike(folder):
     attention_mask = (np.arange(LENGTH) < LENGTH - 4)[None].astype(np.int64)
     expected, found = (
         logits_of(model_class, folder, input_ids=input_ids, attention_mask=attention_mask)
-        for model_class in (transformers.AutoModelForMaskedLM, transformers.FlaxAutoModelForMaskedLM)
+        for model_class in (transformers.AutoModelForMaskedLM, OTHER_CLASS)
     )
     assert expected.shape == (1, LENGTH, vocab_size)
     np.testing.assert_allclose(found[:, :-4], expected[:, :-4], atol=1e-5)
@@ -123,8 +134,8 @@ def test_embeddings_and_decoder_fit_the_tokenizer(script, tmp_path, tied, change
         make_tokenizer(tokenizer_folder, extra=[f"extra{i}" for i in range(change)])
     else:
         vocabulary = (Path(folder) / "vocab.txt").read_text(encoding="utf-8").split()[:change]
-        shorter = write_lines(tmp_path / "vocab.txt", vocabulary)
-        transformers.BertTokenizerFast(vocab_file=shorter).save_pretrained(tokenizer_folder)
+        write_lines(tmp_path / "vocab.txt", vocabulary)
+        transformers.BertTokenizerFast.from_pretrained(tmp_path).save_pretrained(tokenizer_folder)
     model, tokenizer = load(script, model_name_or_path=folder, tokenizer_name=tokenizer_folder)
     assert len(tokenizer) == model.config.vocab_size == old_size + change
     new = weights(script, model)
