@@ -1739,8 +1739,8 @@ class MaskedLMTrainer(Trainer):
     def __init__(self, *args, selection=None, **kwargs):
         super().__init__(*args, compute_metrics=masked_lm_metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
-        if selection == "layer" and (self.args.gradient_checkpointing or self.args.torch_compile):
-            selection = "encoder"  # The layers may run again in the backward pass, when the hook in them is gone.
+        if selection == "layer" and (self.args.gradient_checkpointing or self.args.torch_compile or self.args.fsdp):
+            selection = "encoder"  # The layers may run again in the backward pass, without the hook; FSDP wraps them.
         self.selection = None if self.args.n_gpu > 1 else selection  # DataParallel splits the batch behind our back.
         self.first_step = self.reported_step = 0
         self.reported_loss = 0.0

@@ -41,7 +41,7 @@ def run(tmp_path, capfd):
 )
 def test_warmup(run, settings, warmup):
     rates, _ = run(report_to="none", **settings)
-    assert rates == pytest.approx([min(1, step / max(1, warmup)) for step in range(STEPS)])
+    assert rates == pytest.approx([step / warmup if step < warmup else 1 for step in range(STEPS)])
 
 
 def test_a_warmup_beyond_the_training(run):
