@@ -8,7 +8,6 @@ import sys
 import pytest
 import safetensors.torch
 from conftest import ROOT, flags, make_model, read_json, sentences, write_lines
-from transformers import AutoModelForMaskedLM
 
 import run_mlm
 
