@@ -1,10 +1,12 @@
 """Options of the `Trainer` that change how a step is computed, not what: the losses stay those of a plain run."""
 
+import multiprocessing
 import os
 from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo
 from conftest import flags, make_model, read_json, sentences, write_lines
 
 import run_mlm
@@ -56,7 +58,16 @@ def test_bf16(train):
     assert halved[-1][0] < halved[0][0] - 0.1
 
 
-def test_data_workers(train):
+@pytest.fixture
+def spawn():
+    """Start processes anew, not forked as Linux does: another test may have begun the threads of JAX in this one."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_data_workers(train, spawn):
     assert train("workers", dataloader_num_workers=2) == train("plain")
 
 
@@ -88,3 +99,26 @@ def compilations():
     torch._dynamo.utils.counters.clear()
     yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
+
+
+# Of the compiler itself, and of what it imports.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_torch_compile(train, compilations, model_type):
+    # The short batch at the end of an epoch would be another shape.
+    plain, plain_counts = train("plain", model_type, dataloader_drop_last=True)
+    graphs = []
+    training_step = run_mlm.MaskedLMTrainer.training_step
+
+    def record(*args, **kwargs):
+        loss = training_step(*args, **kwargs)
+        graphs.append(compilations())
+        return loss
+
+    options = {"dataloader_drop_last": True, "torch_compile_backend": "aot_eager"}
+    with mock.patch.object(run_mlm.MaskedLMTrainer, "training_step", record):
+        # The same tracing as of the default backend, whose code a C++ compiler makes in a minute.
+        compiled, counts = train("compiled", model_type, **options)
+    assert counts == plain_counts and len(set(counts)) > 3
+    assert_same(compiled, plain, rel=1e-4)
+    assert graphs == [1] * STEPS  # The whole model is one graph, whatever the number of labels.
