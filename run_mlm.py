@@ -1556,6 +1556,10 @@ def resize_vocabulary(model, size):
     with torch.no_grad():
         for layer in layers.values():
             layer.weight[old_size:] = layer.weight[:old_size].mean(dim=0)
+    decoder = model.get_output_embeddings()
+    if isinstance(model._tied_weights_keys, dict) and not model.config.tie_word_embeddings and decoder.bias is not None:
+        # Transformers 5 has just shared this bias, would save it under the other name alone, and then not find it.
+        decoder.bias = torch.nn.Parameter(decoder.bias.detach().clone())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2257,6 +2261,9 @@ def setup_logging(training_args):
     )
     logger.setLevel(level)
     transformers.utils.logging.get_logger("transformers.trainer").setLevel(level)
+    if not training_args.should_log:
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # What goes wrong there is raised too.
 
 
