@@ -56,7 +56,7 @@ import pyarrow.compute as pc
 import torch
 import transformers
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session, reset_sessions
+from huggingface_hub import utils as hub_utils
 from safetensors import safe_open
 from torch.nn.functional import cross_entropy, dropout, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
@@ -74,6 +74,7 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import check_min_version, is_torch_xla_available
@@ -252,6 +253,15 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     report_to: Optional[list[str]] = HfArg(default=None, help="Where to log: tensorboard, wandb, none, ...")
     debug: bool = HfArg(default=False, help="Show the traceback of an error.")
+    # Transformers 5 has dropped these or made something else of them: documented, shared with the Flax script, or
+    # given by `xla_spawn`.
+    overwrite_output_dir: bool = HfArg(default=False, help="Write over what output_dir holds.")
+    group_by_length: bool = HfArg(default=False, help="Make batches of samples of like lengths.")
+    warmup_steps: int = HfArg(default=0, help="Steps of linear warmup.")
+    warmup_ratio: float = HfArg(default=0.0, help="Warmup as a share of all steps, where warmup_steps is 0.")
+    logging_dir: Optional[str] = HfArg(default=None, help="Where TensorBoard's events go (default: in output_dir).")
+    save_safetensors: bool = HfArg(default=True, help="Write safetensors; Transformers 5 writes nothing else.")
+    tpu_num_cores: Optional[int] = HfArg(default=None, help="TPU cores; xla_spawn gives it.")
 
     def __post_init__(self):
         check_ranges(self)
@@ -264,6 +274,13 @@ class TrainingArguments(transformers.TrainingArguments):
         self.use_cpu |= not (torch.accelerator.is_available() or is_torch_xla_available())  # Allows --bf16 there.
         if self.fp16 and self.use_cpu:
             raise UserError("--fp16 needs a GPU; on a CPU give --bf16")
+        if self.fsdp and self.use_cpu:
+            raise UserError("--fsdp needs GPUs: Accelerate shards nothing on a CPU; leave it out")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"--warmup_ratio {self.warmup_ratio} must be from 0 to 1")
+        if not self.save_safetensors and not hasattr(transformers.TrainingArguments, "save_safetensors"):
+            raise UserError("--save_safetensors false: Transformers 5 writes nothing else; leave it out")
+        self.report_to = self.report_to or ["all"]  # Transformers 5 would report nowhere.
         super().__post_init__()
         self.output_dir = output_dir  # The Trainer would make one up.
         # Rows carry the keys of their masks beside the token ids: no column here is unused.
@@ -279,6 +296,16 @@ class TrainingArguments(transformers.TrainingArguments):
     def writes_results(self):
         """Whether this process writes to `output_dir`."""
         return (self.do_train or self.do_eval) and self.process_index == 0
+
+    @property
+    def device(self):
+        """The device of this process; a CPU without the process number, with which no checkpoint can be read."""
+        device = super().device
+        return torch.device("cpu") if device.type == "cpu" else device
+
+    def get_warmup_steps(self, num_training_steps):
+        """Return the steps of warmup; Transformers 5 does not read `warmup_ratio`."""
+        return super().get_warmup_steps(num_training_steps) or math.ceil(num_training_steps * self.warmup_ratio)
 
     def __getstate__(self):
         # The Trainer pickles its arguments into `training_args.bin`, beside the model that is shared with others.
@@ -600,13 +627,14 @@ def check_hub(names):
         return
     for attempt in range(2):
         try:
-            get_session().head(constants.ENDPOINT, timeout=10)
+            hub_utils.get_session().head(constants.ENDPOINT, timeout=10)
             return
-        except OSError as error:
+        except Exception as error:  # The hub's releases use different HTTP libraries.
             logger.info(f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}).")
             time.sleep(1 - attempt)
     constants.HF_HUB_OFFLINE = True
-    reset_sessions()
+    if hasattr(hub_utils, "reset_sessions"):  # From Transformers 5 on, the hub's library looks at each request.
+        hub_utils.reset_sessions()
 
 
 def prepare_output_dir(training_args):
@@ -1515,6 +1543,8 @@ def load_tensorflow_model(name, config):
     if config.model_type not in ("albert", "bert"):
         raise ValueError(f"TensorFlow checkpoints of {config.model_type} models cannot be read here")
     source, model = AutoModelForPreTraining.from_config(config), AutoModelForMaskedLM.from_config(config)
+    if not hasattr(source, "load_tf_weights"):
+        raise UserError(f"--model_name_or_path {name}: Transformers 5 reads no TensorFlow checkpoint; 4.57 does")
     new = {key: value.data_ptr() for key, value in source.named_parameters()}
     type(source).load_tf_weights(source, config, path)
     read = {key: value for key, value in source.named_parameters() if value.data_ptr() != new[key]}
@@ -1540,6 +1570,10 @@ def resize_vocabulary(model, size):
     with torch.no_grad():
         for layer in layers.values():
             layer.weight[old_size:] = layer.weight[:old_size].mean(dim=0)
+    decoder = model.get_output_embeddings()
+    if isinstance(model._tied_weights_keys, dict) and not model.config.tie_word_embeddings and decoder.bias is not None:
+        # Transformers 5 has just shared this bias, would save it under the other name alone, and then not find it.
+        decoder.bias = torch.nn.Parameter(decoder.bias.detach().clone())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1748,11 +1782,14 @@ class MaskedLMTrainer(Trainer):
     def __init__(self, *args, selection=None, **kwargs):
         super().__init__(*args, compute_metrics=masked_lm_metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
-        if selection == "layer" and (self.args.gradient_checkpointing or self.args.torch_compile):
-            selection = "encoder"  # The layers may run again in the backward pass, when the hook in them is gone.
+        if selection == "layer" and (self.args.gradient_checkpointing or self.args.torch_compile or self.args.fsdp):
+            selection = "encoder"  # The layers may run again in the backward pass, without the hook; FSDP wraps them.
         self.selection = None if self.args.n_gpu > 1 else selection  # DataParallel splits the batch behind our back.
         self.first_step = self.reported_step = 0
         self.reported_loss = 0.0
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback):
+                callback.logging_dir = self.args.logging_dir  # Transformers 5 does not read the argument.
 
     def log(self, logs, *args, **kwargs):
         """Report as the Trainer does, but the loss unrounded, and the speed of the steps that this process made."""
@@ -1795,11 +1832,15 @@ class MaskedLMTrainer(Trainer):
             self.stop_training("a weight is not finite", step - 1)
         super().save_model(output_dir, _internal_call)
 
-    def create_optimizer_and_scheduler(self, num_training_steps):
-        """Set both up; raises `UserError` for what is not installed here."""
-        optimizer, schedule = self.args.optim.value, self.args.lr_scheduler_type.value
-        with user_errors(f"--optim {optimizer}, --lr_scheduler_type {schedule}"):
-            super().create_optimizer_and_scheduler(num_training_steps)
+    def create_optimizer(self, *args, **kwargs):
+        """Return the optimizer; raises `UserError` for one that is not installed here."""
+        with user_errors(f"--optim {self.args.optim.value}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        """Return the schedule; raises `UserError` for one that lacks an argument."""
+        with user_errors(f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"):
+            return super().create_scheduler(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with user_errors(f"the model in {resume_from_checkpoint}", CHECKPOINT_FIX):
@@ -2249,6 +2290,9 @@ def setup_logging(training_args):
     )
     logger.setLevel(level)
     transformers.utils.logging.get_logger("transformers.trainer").setLevel(level)
+    if not training_args.should_log:
+        transformers.utils.logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     datasets.logging.set_verbosity(logging.CRITICAL)  # What goes wrong there is raised too.
 
 
@@ -2429,6 +2473,8 @@ def evaluate(trainer):
     """Evaluate on all validation samples and return the metrics."""
     metrics = trainer.evaluate()
     metrics.pop("eval_model_preparation_time", None)  # Only there without training before.
+    if not trainer.args.do_train:
+        metrics.pop("epoch", None)  # Transformers 5 calls it 0.
     dataset = trainer.eval_dataset
     metrics["perplexity"] = metrics.pop("eval_perplexity")
     metrics["eval_samples"] = len(dataset)

@@ -64,7 +64,7 @@ from flax import linen as nn
 from flax.training import train_state
 from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import constants
-from huggingface_hub.utils import get_session, reset_sessions
+from huggingface_hub import utils as hub_utils
 from jax import lax
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -658,13 +658,14 @@ def check_hub(names):
         return
     for attempt in range(2):
         try:
-            get_session().head(constants.ENDPOINT, timeout=10)
+            hub_utils.get_session().head(constants.ENDPOINT, timeout=10)
             return
-        except OSError as error:
+        except Exception as error:  # The hub's releases use different HTTP libraries.
             logger.info(f"{constants.ENDPOINT} cannot be reached ({type(error).__name__}).")
             time.sleep(1 - attempt)
     constants.HF_HUB_OFFLINE = True
-    reset_sessions()
+    if hasattr(hub_utils, "reset_sessions"):  # From Transformers 5 on, the hub's library looks at each request.
+        hub_utils.reset_sessions()
 
 
 def prepare_output_dir(training_args):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 # Before any import of the libraries that read them.
@@ -29,6 +30,9 @@ import tokenizers
 import torch
 import transformers
 
+# Set by the second leg of `.ci/run`: Transformers 5, where there are no Flax models.
+WITHOUT_FLAX = os.environ.get("MLM_TEST_WITHOUT_FLAX") == "1"
+slow_tokenizers = pytest.mark.skipif(WITHOUT_FLAX, reason="Transformers 5 has no slow tokenizer for BERT")
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("run_mlm", "run_mlm_flax")
 ARCHITECTURES = ("bert", "roberta", "albert", "distilbert", "electra")
@@ -50,6 +54,45 @@ WORDS = (
     "big and in on near house field school harbour every morning evening slowly quickly ."
 ).split()
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+class Absent(types.ModuleType):
+    """Stands for a module that Transformers 5 is tested without: what a test does with it skips the test."""
+
+    def __init__(self, *anything):
+        super().__init__("absent")
+
+    def __getattr__(self, name):
+        return self("attribute") if not name.startswith("__") else super().__getattribute__(name)
+
+    def __call__(self, *args, **kwargs):
+        if "PYTEST_CURRENT_TEST" in os.environ:
+            pytest.skip("needs Flax")
+        return Absent()
+
+    def __iter__(self):
+        return iter(())
+
+
+def pytest_configure():
+    """Where there is no Flax, let the test files be imported nevertheless."""
+    if WITHOUT_FLAX:
+        names = "run_mlm_flax jax jax.numpy flax flax.linen transformers.modeling_flax_pytorch_utils"
+        sys.modules.update({name: Absent() for name in names.split()})
+
+
+def pytest_report_header():
+    """Name the versions, and what is left out."""
+    versions = f"transformers {transformers.__version__}, datasets {datasets.__version__}, torch {torch.__version__}"
+    return versions + WITHOUT_FLAX * ": the tests of run_mlm_flax.py are left out"
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is for the Flax script, where there is none."""
+    if WITHOUT_FLAX:
+        left_out = [item for item in items if "run_mlm_flax" in item.name]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 def pytest_unconfigure():
@@ -98,8 +141,10 @@ def make_tokenizer(folder, extra=()):
     """Write a BERT tokenizer of whole words, letters and word pieces, and return it."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
     vocabulary = [*SPECIAL, *dict.fromkeys([*WORDS, *letters]), *(f"##{letter}" for letter in letters), *extra]
-    vocab_file = write_lines(Path(folder) / "vocab.txt", vocabulary)
-    tokenizer = transformers.BertTokenizerFast(vocab_file=vocab_file, model_max_length=64)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        Path(folder, name).unlink(missing_ok=True)  # Of a tokenizer that was there before.
+    write_lines(Path(folder) / "vocab.txt", vocabulary)
+    tokenizer = transformers.BertTokenizerFast.from_pretrained(folder, model_max_length=64)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -158,6 +203,8 @@ def read_json(*path):
 
 def run_script(name, arguments, cwd=None, **environment):
     """Run a script as a program and return the completed process, output as text."""
+    if WITHOUT_FLAX and name == "run_mlm_flax":
+        pytest.skip("needs Flax")
     return subprocess.run(
         [sys.executable, str(ROOT / f"{name}.py"), *arguments],
         cwd=cwd,

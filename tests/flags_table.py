@@ -95,7 +95,8 @@ def make_tables():
     lines += ["", "### Both scripts: training", "", *make_table(shared["TrainingArguments"])]
     lines += ["", "### `run_mlm.py` alone", ""]
     lines += ["All other arguments of `transformers.TrainingArguments` work too; the Transformers documentation"]
-    lines += ["describes them under that name. The most used:", "", *make_table(torch_only)]
+    lines += ["describes them under that name (those of 4.57; Transformers 5 has some others). The most used:", ""]
+    lines += make_table(torch_only)
     if flax_only:
         lines += ["", "### `run_mlm_flax.py` alone", "", *make_table(flax_only)]
     else:

@@ -8,7 +8,17 @@ import numpy as np
 import pandas
 import pytest
 import transformers
-from conftest import SCRIPTS, flags, make_model, make_tokenizer, read_json, run_script, sentences, write_lines
+from conftest import (
+    SCRIPTS,
+    flags,
+    make_model,
+    make_tokenizer,
+    read_json,
+    run_script,
+    sentences,
+    slow_tokenizers,
+    write_lines,
+)
 
 LENGTH = 16
 # The csv loader of `datasets` leaves its reader to the garbage collector.
@@ -147,7 +157,7 @@ def test_line_by_line_leaves_out_blank_lines_and_truncates(script, tokenizer, tm
     assert result[1][-1] == tokenizer.sep_token_id
 
 
-@pytest.mark.parametrize("use_fast", [True, False])
+@pytest.mark.parametrize("use_fast", [True, pytest.param(False, marks=slow_tokenizers)])
 def test_joined_texts_lose_less_than_one_row_in_all(script, tokenizer, tmp_path, use_fast):
     lines = sentences(2500)  # Several batches of `datasets.map`.
     path = write_lines(tmp_path / "lines.txt", lines)
@@ -175,6 +185,7 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows(
     assert dataset[0]["input_ids"].itemsize == bytes_per_id
 
 
+@slow_tokenizers
 def test_a_slow_tokenizer_gives_the_same_lines(script, tmp_path, tokenizer, text_files):
     model_args, _, _ = script.parse_args(
         flags(tokenizer_name=tmp_path / "tokenizer", model_type="bert", output_dir="unused", use_fast_tokenizer="false")

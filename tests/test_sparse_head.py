@@ -196,8 +196,9 @@ def make_bart(folder):
     sizes = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
     sizes |= {f"{part}_ffn_dim": 32 for part in ("encoder", "decoder")}
     config = transformers.BartConfig(
-        len(tokenizer), 64, **sizes, d_model=16, dropout=0.0, forced_eos_token_id=None, **ids
+        vocab_size=len(tokenizer), max_position_embeddings=64, d_model=16, dropout=0.0, **sizes, **ids
     )
+    config.forced_eos_token_id = None
     torch.manual_seed(0)
     transformers.BartForConditionalGeneration(config).save_pretrained(folder)
     return str(folder)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tokenizers
 import transformers
-from conftest import ROOT, flags, make_byte_level_tokenizer, make_tokenizer, sentences, write_lines
+from conftest import ROOT, flags, make_byte_level_tokenizer, make_tokenizer, sentences, slow_tokenizers, write_lines
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 LENGTH = 16
@@ -150,6 +150,7 @@ def test_words_are_chosen_whole_and_hidden_token_by_token(script, make, tmp_path
     assert mixed > 5
 
 
+@slow_tokenizers
 def test_a_slow_tokenizer_is_an_error(script, make, tmp_path):
     make("wordpiece")
     slow = transformers.BertTokenizer.from_pretrained(tmp_path)

@@ -1,0 +1,76 @@
+"""Flags that Transformers 5 has dropped do in `run_mlm.py` what they did before."""
+
+import pytest
+from conftest import flags, make_model, read_json, sentences, write_lines
+
+import run_mlm
+
+STEPS = 8
+
+
+@pytest.fixture
+def run(tmp_path, capfd):
+    """Return a function that trains a few steps in the folder `output` and returns (learning rates, error output)."""
+    folder = make_model(tmp_path / "model", num_hidden_layers=1)
+    settings = {"model_name_or_path": folder, "train_file": write_lines(tmp_path / "train.txt", sentences(40))}
+    settings |= {"output_dir": tmp_path / "output", "do_train": True, "max_steps": STEPS, "max_seq_length": 16}
+    settings |= {"logging_steps": 1, "lr_scheduler_type": "constant_with_warmup", "learning_rate": 1.0}
+
+    def train(**changes):
+        try:
+            run_mlm.main(flags(**settings | changes))
+        except SystemExit as stopped:
+            assert stopped.code == 2
+            return [], capfd.readouterr().err
+        history = read_json(tmp_path, "output", "trainer_state.json")["log_history"]
+        return [entry["learning_rate"] for entry in history if "learning_rate" in entry], ""
+
+    return train
+
+
+@pytest.mark.parametrize(
+    ("settings", "warmup"),
+    [
+        ({"warmup_ratio": 0.5}, 4),
+        ({"warmup_ratio": 0.3}, 3),  # 2.4, rounded up.
+        ({"warmup_ratio": 0.5, "warmup_steps": 2}, 2),
+        ({"warmup_steps": 4}, 4),
+        ({}, 0),
+    ],
+    ids=str,
+)
+def test_warmup(run, settings, warmup):
+    rates, _ = run(report_to="none", **settings)
+    assert rates == pytest.approx([step / warmup if step < warmup else 1 for step in range(STEPS)])
+
+
+def test_a_warmup_beyond_the_training(run):
+    assert "--warmup_ratio 1.5 must be from 0 to 1" in run(warmup_ratio=1.5)[1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"report_to": "tensorboard"}, {"report_to": "all"}], ids=str)
+def test_events_go_where_they_are_told(run, tmp_path, settings):
+    run(logging_dir=tmp_path / "events", learning_rate=1e-3, **settings)
+    assert [path.parent for path in tmp_path.rglob("events.out.*")] == [tmp_path / "events"]
+
+
+def test_overwriting_the_output(run, tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "notes.txt").write_text("mine")
+    assert "--overwrite_output_dir" in run(report_to="none")[1]
+    rates, _ = run(report_to="none", overwrite_output_dir=True)
+    assert len(rates) == STEPS
+
+
+def test_safetensors_are_written_or_refused(run, tmp_path):
+    _, error = run(report_to="none", save_safetensors="false", learning_rate=1e-3)
+    if run_mlm.transformers.__version__.startswith("4."):
+        assert (tmp_path / "output" / "pytorch_model.bin").exists()
+    else:
+        assert "--save_safetensors false" in error
+        assert not (tmp_path / "output").exists()
+
+
+def test_sharding_on_a_cpu_is_refused(run, monkeypatch):
+    monkeypatch.setattr(run_mlm.torch.accelerator, "is_available", lambda: False)
+    assert "--fsdp needs GPUs" in run(fsdp="full_shard auto_wrap")[1]

@@ -1,0 +1,180 @@
+"""run_mlm.py under its launchers: the losses of one process, one process that prepares and writes, no hanging."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import safetensors.torch
+from conftest import ROOT, flags, make_model, read_json, sentences, write_lines
+
+import run_mlm
+
+STEPS = 6
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+ACCELERATE += [str(ROOT / "configs" / "accelerate_2_processes.yaml")]
+# Notes which process tokenizes and which writes.
+NOTING = """
+import os, run_mlm
+
+
+def note(name):
+    function = getattr(*name)
+
+    def noted(*args, **kwargs):
+        with open(f"{name[1]}-{os.environ['RANK']}", "a") as file:
+            file.write("called\\n")
+        return function(*args, **kwargs)
+
+    setattr(*name, noted)
+
+
+note((run_mlm.TextEncoder, "encode"))
+for name in ("write_json", "publish_checkpoint", "publish_files"):
+    note((run_mlm, name))
+run_mlm.main()
+"""
+# Breaks one process, in a place that the other one does not pass.
+BREAKING = """
+import os, run_mlm
+
+place, rank, method = {"training": (run_mlm.MaskedLMTrainer, "1", "compute_loss"),
+                       "tokenizing": (run_mlm.TextEncoder, "0", "encode")}[os.environ["BREAK"]]
+
+
+def broken(self, *args, **kwargs):
+    raise RuntimeError(f"broken while {os.environ['BREAK']}")
+
+
+if os.environ["RANK"] == rank:
+    setattr(place, method, broken)
+run_mlm.main()
+"""
+# What `xla_spawn` does with its arguments, and a `torch_xla` whose devices are processes on the CPU.
+XLA_SPAWN = """
+import argparse, importlib, sys
+from pathlib import Path
+
+import torch_xla.distributed.xla_multiprocessing as xmp
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num_cores", type=int)
+    parser.add_argument("training_script")
+    parser.add_argument("training_script_args", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    script = Path(args.training_script)
+    sys.path.append(str(script.parent.resolve()))
+    module = importlib.import_module(script.stem)
+    sys.argv = [args.training_script, *args.training_script_args, "--tpu_num_cores", str(args.num_cores)]
+    xmp.spawn(module._mp_fn, args=(), nprocs=args.num_cores)
+
+
+if __name__ == "__main__":
+    main()
+"""
+XLA_MULTIPROCESSING = "from torch.multiprocessing import spawn\n"
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A folder with a tiny model and text."""
+    make_model(tmp_path / "model", num_hidden_layers=2)
+    write_lines(tmp_path / "train.txt", sentences(80))
+    write_lines(tmp_path / "validation.txt", sentences(13, seed=1))
+    return tmp_path
+
+
+def arguments(output, batch, **changes):
+    """Return the command line of a run of 8 samples a step without dropout."""
+    settings = {"model_name_or_path": "model", "train_file": "train.txt", "validation_file": "validation.txt"}
+    settings |= {"output_dir": output, "cache_dir": "cache", "do_train": True, "do_eval": True, "max_seq_length": 16}
+    settings |= {"line_by_line": "true", "train_batch_size": batch, "max_steps": STEPS, "dropout_rate": 0}
+    settings |= {"learning_rate": 1e-3, "logging_steps": 1, "save_steps": 3, "report_to": "none"}
+    return flags(**settings | changes)
+
+
+def launch(work, command, **environment):
+    """Run a launcher's command in the folder and return the completed process."""
+    environment = {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(work / "cache"), **environment}
+    environment = {**os.environ, **environment}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def losses(output):
+    """Return the losses of the steps and of the evaluation."""
+    history = read_json(output, "trainer_state.json")["log_history"]
+    found = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(found) == STEPS
+    return [*found, read_json(output, "eval_results.json")["eval_loss"]]
+
+
+@pytest.fixture
+def alone(work, monkeypatch):
+    """The losses of one process."""
+    monkeypatch.chdir(work)
+    run_mlm.main(arguments("alone", 8))
+    return pytest.approx(losses(work / "alone"), rel=1e-5)
+
+
+def test_one_process_prepares_logs_and_writes_and_both_resume(work, alone):
+    shutil.rmtree(work / "cache")
+    (work / "noting.py").write_text(NOTING)
+    command = [*TORCHRUN, "--log_dir", "logs", "--redirects", "3", "noting.py", *arguments("output", 4)]
+    done = launch(work, command)
+    logs = {path.parent.name + path.stem: path.read_text() for path in (work / "logs").glob("*/*/*/*.log")}
+    assert done.returncode == 0, logs
+    assert losses(work / "output") == alone
+    assert "samples a step: 4 x 1 accumulated x 2 devices" in logs["0stdout"]
+    assert "100%" in logs["0stderr"]
+    assert logs["1stdout"] == "" and "%|" not in logs["1stderr"]
+    noted = {path.name for path in work.glob("*-[01]")}
+    assert noted == {"encode-0", "write_json-0", "publish_checkpoint-0", "publish_files-0"}
+
+    weights = safetensors.torch.load_file(work / "output" / "model.safetensors")
+    shutil.rmtree(work / "output" / "checkpoint-6")
+    (work / "encode-0").unlink()
+    done = launch(work, [*TORCHRUN, "noting.py", *arguments("output", 4)])
+    assert done.returncode == 0, done.stderr
+    assert "Resuming from output/checkpoint-3" in done.stdout
+    assert not (work / "encode-0").exists()
+    assert losses(work / "output") == alone
+    resumed = safetensors.torch.load_file(work / "output" / "model.safetensors")
+    assert all(resumed[name].equal(weight) for name, weight in weights.items())
+
+
+def test_accelerate_launch(work, alone):
+    done = launch(work, [*ACCELERATE, str(ROOT / "run_mlm.py"), *arguments("output", 4)])
+    assert done.returncode == 0, done.stderr
+    assert "samples a step: 4 x 1 accumulated x 2 devices" in done.stdout
+    assert losses(work / "output") == alone
+
+
+def test_xla_spawn(work, alone):
+    (work / "torch_xla" / "distributed").mkdir(parents=True)
+    (work / "torch_xla" / "distributed" / "xla_multiprocessing.py").write_text(XLA_MULTIPROCESSING)
+    (work / "xla_spawn.py").write_text(XLA_SPAWN)
+    command = [sys.executable, "xla_spawn.py", "--num_cores", "1", str(ROOT / "run_mlm.py"), *arguments("output", 8)]
+    done = launch(work, command, USE_TORCH_XLA="0")
+    assert done.returncode == 0, done.stderr
+    assert losses(work / "output") == alone
+
+
+@pytest.mark.parametrize("place", ["training", "tokenizing"])
+def test_a_process_that_fails_ends_all(work, place):
+    (work / "breaking.py").write_text(BREAKING)
+    done = launch(work, [*TORCHRUN, "breaking.py", *arguments("output", 4)], BREAK=place)
+    assert done.returncode != 0
+    assert f"broken while {place}" in done.stderr
+    assert not (work / "output" / "all_results.json").exists()
+
+
+def test_a_mistake_of_the_user_ends_all(work):
+    done = launch(work, [*TORCHRUN, str(ROOT / "run_mlm.py"), *arguments("output", 4, train_file="none.txt")])
+    assert done.returncode != 0
+    assert "error: --train_file none.txt: no such file" in done.stderr
+    assert not (work / "output").exists()
