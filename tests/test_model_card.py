@@ -8,7 +8,7 @@ from dataclasses import fields
 
 import pytest
 import yaml
-from conftest import SCRIPTS, flags, read_json
+from conftest import SCRIPTS, flags, make_model, read_json, sentences, write_lines
 from huggingface_hub import ModelCard
 from safetensors.numpy import load_file
 
@@ -38,8 +38,6 @@ def table(card, title):
 @pytest.fixture(scope="module")
 def cards(tmp_path_factory):
     """{script: (output folder, card)} of the same run of both scripts, in files of one machine."""
-    from conftest import make_model, sentences, write_lines
-
     folder = tmp_path_factory.mktemp("cards")
     model = make_model(folder / "model")
     files = {"train_file": write_lines(folder / "train.txt", sentences(100))}
@@ -84,7 +82,7 @@ def test_the_tables_are_true(cards, name):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_arguments_are_a_configuration_of_the_same_run(cards, name, tmp_path, monkeypatch):
-    output, card = cards[name]
+    _, card = cards[name]
     script = importlib.import_module(name)
     path = tmp_path / "again.json"
     path.write_text(re.search(r"```json\n(.*?)```", section(card, "Arguments"), re.DOTALL)[1])
