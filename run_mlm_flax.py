@@ -2617,7 +2617,7 @@ def model_card(settings, model_args, data_args, training_args, facts, metrics):
         markdown_table(["metric", "value"], rows),
         "Loss, accuracy and perplexity are those of the masked tokens of the validation data.",
         "## Arguments",
-        "Those that were given; as a JSON file, the training script takes them again.",
+        f"Those that were given; `{os.path.basename(__file__)}` takes them again as a JSON file.",
         f"```json\n{json.dumps(settings, indent=2)}\n```",
         "## Versions",
         markdown_table(["library", "version"], versions),
