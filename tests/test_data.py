@@ -158,6 +158,23 @@ def test_joined_texts_lose_less_than_one_row_in_all(script, tokenizer, tmp_path,
     assert result == joined_rows(tokenizer, lines)
 
 
+@pytest.mark.parametrize("use_fast", [True, False])
+@pytest.mark.parametrize("line_by_line", ["true", "false"])
+@pytest.mark.parametrize(("highest_id", "bytes_per_id"), [(2**16 - 1, 2), (2**16, 4)])
+def test_ids_take_two_bytes_where_the_vocabulary_allows(
+    script, tmp_path, highest_id, bytes_per_id, line_by_line, use_fast
+):
+    before = len(make_tokenizer(tmp_path))
+    tokenizer = make_tokenizer(tmp_path, [f"word{i}" for i in range(highest_id - before)] + ["highest"])
+    tokenizer = tokenizer if use_fast else transformers.BertTokenizer.from_pretrained(tmp_path)
+    train_file = write_lines(tmp_path / "train.txt", ["the highest old boats"] * 6)
+    dataset = tokenize(script, tokenizer, 6, train_file=train_file, line_by_line=line_by_line)["train"]
+    words = tokenizer.convert_tokens_to_ids("[CLS] the highest old boats [SEP]".split())
+    assert words[2] == highest_id
+    assert rows(dataset) == [words] * 6
+    assert dataset[0]["input_ids"].itemsize == bytes_per_id
+
+
 def test_a_slow_tokenizer_gives_the_same_lines(script, tmp_path, tokenizer, text_files):
     model_args, _, _ = script.parse_args(
         flags(tokenizer_name=tmp_path / "tokenizer", model_type="bert", output_dir="unused", use_fast_tokenizer="false")
@@ -169,10 +186,11 @@ def test_a_slow_tokenizer_gives_the_same_lines(script, tmp_path, tokenizer, text
     assert rows(results[0]["train"]) == rows(results[1]["train"])
 
 
-def test_workers_lose_at_most_one_row_each(script, tokenizer, tmp_path, count_encoded):
+@pytest.mark.parametrize("more", [{}, {"whole_word_mask": True}])
+def test_workers_lose_at_most_one_row_each(script, tokenizer, tmp_path, count_encoded, more):
     lines = sentences(300)
     settings = {"validation_file": write_lines(tmp_path / "lines.txt", lines), "line_by_line": "false"}
-    settings["preprocessing_num_workers"] = 2
+    settings |= {"preprocessing_num_workers": 2, **more}
     program = flags(model_type="bert", tokenizer_name=tmp_path / "tokenizer", output_dir=tmp_path / "o", **settings)
     program += flags(max_seq_length=LENGTH)
     # A program of its own: workers are forked, which JAX threads of other tests in this process do not allow.

@@ -143,6 +143,13 @@ def test_nothing_is_chosen_at_probability_0_and_all_at_1(script):
     assert (masked(script, row, mlm_probability=1.0)[1] == row).all()
 
 
+def test_ids_of_two_bytes_are_masked_as_others(script):
+    row = np.arange(5, 95, dtype=np.int32)
+    for narrow, wide in zip(masked(script, row.astype(np.uint16)), masked(script, row)):
+        assert narrow.dtype == np.int32
+        assert narrow.tolist() == wide.tolist()
+
+
 def test_an_empty_row_stays_empty(script):
     inputs, labels = masked(script, np.empty(0, np.int32))
     assert len(inputs) == len(labels) == 0

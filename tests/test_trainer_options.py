@@ -1,5 +1,6 @@
 """Options of the `Trainer` that change how a step is computed, not what: the losses stay those of a plain run."""
 
+import multiprocessing
 import os
 from unittest import mock
 
@@ -56,7 +57,16 @@ def test_bf16(train):
     assert halved[-1][0] < halved[0][0] - 0.1
 
 
-def test_data_workers(train):
+@pytest.fixture
+def spawn():
+    """Start processes anew, not forked as Linux does: another test may have begun the threads of JAX in this one."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+def test_data_workers(train, spawn):
     assert train("workers", dataloader_num_workers=2) == train("plain")
 
 
