@@ -182,14 +182,21 @@ def test_a_refused_upload_loses_nothing(hub, push, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("wrong", ["refused", "offline", "name"])
-def test_a_repository_that_cannot_be_made_is_found_before_training(hub, push, name, wrong, tmp_path):
+def test_a_refused_repository_is_found_before_training(hub, push, name, tmp_path):
     hub.refused = "/repos/create"
-    environment = {"HF_HUB_OFFLINE": "1"} if wrong == "offline" else {}
-    done = push(name, environment, hub_model_id="two words" if wrong == "name" else None)
-    check_error(done, ["--push_to_hub: ", "--hub_model_id"])
+    check_error(push(name), ["--push_to_hub: my-model", "--hub_model_id"])
     assert not (tmp_path / "my-model").exists()
-    assert hub.files == {}
+
+
+@pytest.mark.parametrize("changes", [{}, {"hub_model_id": "two words"}], ids=["offline", "name"])
+def test_a_repository_that_cannot_be_is_found_before_training(
+    script, model_folder, text_files, tmp_path, capfd, changes
+):
+    arguments = push_flags(tmp_path, model_name_or_path=model_folder, hub_token=TOKEN, **text_files | changes)
+    line = error_line(script, [*arguments, "--line_by_line", "true"], capfd)
+    assert "--push_to_hub: " in line
+    assert "--hub_model_id" in line
+    assert not (tmp_path / "o").exists()
 
 
 def test_the_trainers_own_strategy_uploads_whole_checkpoints(hub, push, tmp_path):

@@ -48,7 +48,7 @@ def read_guesses(events, row):
     found = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)}
     cells = {step: text.splitlines()[2 + row].strip("| ").split(" | ") for step, text in sorted(found.items())}
     sentence, _, token = next(iter(cells.values()))
-    return sentence, [(step, guesses.split(",")[0]) for step, (_, guesses, _) in cells.items()], token
+    return sentence, [(step, guesses.split("%")[0] + "%") for step, (_, guesses, _) in cells.items()], token
 
 
 def ticks(low, high):
@@ -61,9 +61,7 @@ def ticks(low, high):
 
 def number(value):
     """Return a number as an axis shows it."""
-    if 0 < abs(value) < 0.01:
-        return f"{value:.0e}".replace("e-0", "e-")
-    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.2g}"
 
 
 class Picture:
@@ -163,7 +161,7 @@ def draw(runs, rows):
     picture.legend(cells[-1], names)
     picture.guesses(lines * HEIGHT + 8, runs, rows)
     small = picture.image.resize((COLUMNS * WIDTH, height), Image.Resampling.LANCZOS)
-    return small.quantize(64, dither=Image.Dither.NONE)
+    return small.quantize(128, dither=Image.Dither.NONE)
 
 
 def main():
