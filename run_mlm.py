@@ -1855,6 +1855,8 @@ class MaskedLMTrainer(Trainer):
                     self.train_dataset.save_state(staged, self.state.global_step)
                 publish_checkpoint(staged, folder, self.args.save_total_limit, self.state.best_model_checkpoint)
         if self.args.push_to_hub:
+            if self.args.hub_always_push:
+                self._finish_current_push()  # It reads the files that the next one writes over.
             super()._push_from_checkpoint(os.path.join(folder, f"checkpoint-{self.state.global_step}"))
         self.accelerator.wait_for_everyone()
 

@@ -147,38 +147,31 @@ def written_files(folder):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_the_hub_gets_what_the_run_wrote(hub, push, name, tmp_path):
-    done = push(name, do_eval=True, hub_model_id="group/named", hub_private_repo="true")
-    assert done.returncode == 0, done.stderr
-    assert hub.created[0]["private"] is True
+    folder, named = tmp_path / "my-model", {"hub_model_id": "group/named", "hub_private_repo": "true", "do_eval": True}
+    hub.refused = "/commit/"
+    first = push(name, **named)
+    check_error(first, ["--push_to_hub: group/named", str(folder), "hf upload"])
+    weights = (folder / "model.safetensors").read_bytes()
+    assert {"config.json", "README.md", "all_results.json"} <= written_files(folder).keys()
+    assert hub.files == {}
+    # The same command again, with nothing left to train; this time the token is in the environment.
+    hub.refused = None
+    again = push(name, {"HF_TOKEN": TOKEN}, hub_token=None, **named)
+    assert again.returncode == 0, again.stderr
+    assert f"Uploaded to {hub.endpoint}/group/named" in again.stdout
     (files,) = hub.files.values()
     assert set(hub.files) == {"group/named"}
-    written = written_files(tmp_path / "my-model")
+    assert files == written_files(folder)
+    assert files["model.safetensors"] == weights
     assert {"model.safetensors", "config.json", "README.md", "tokenizer.json", "all_results.json"} <= files.keys()
-    assert files == written
     assert any("events" in path for path in files)
-    assert list(hub.large.values()) == [written["model.safetensors"]]
+    assert set(hub.large.values()) == {weights}
     assert b"# named\n" in files["README.md"]
+    assert hub.created[0]["private"] is True
     assert hub.tokens == {f"Bearer {TOKEN}"}
     everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    everything += [done.stdout.encode(), done.stderr.encode()]
+    everything += [text.encode() for done in (first, again) for text in (done.stdout, done.stderr)]
     assert not any(TOKEN.encode() in content for content in everything)
-    assert f"Uploaded to {hub.endpoint}/group/named" in done.stdout
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
-def test_a_refused_upload_loses_nothing(hub, push, name, tmp_path):
-    hub.refused = "/commit/"
-    done = push(name, hub_token=None, environment={"HF_TOKEN": TOKEN})
-    check_error(done, ["--push_to_hub: my-model", str(tmp_path / "my-model"), "hf upload"])
-    written = written_files(tmp_path / "my-model")
-    assert {"model.safetensors", "config.json", "README.md", "train_results.json"} <= written.keys()
-    assert hub.files == {}
-    assert hub.tokens == {f"Bearer {TOKEN}"}
-    # The same command again has nothing left to train.
-    hub.refused = None
-    again = push(name, hub_token=None, environment={"HF_TOKEN": TOKEN})
-    assert again.returncode == 0, again.stderr
-    assert hub.files["me/my-model"]["model.safetensors"] == written["model.safetensors"]
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

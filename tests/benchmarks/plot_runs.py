@@ -1,6 +1,8 @@
 """Draw a picture of runs from their TensorBoard event files: small charts side by side, and what the models guess.
 
-python tests/benchmarks/plot_runs.py picture.png PyTorch=output/one/runs JAX=output/two/logs
+python tests/benchmarks/plot_runs.py picture.png PyTorch=output/pytorch JAX=output/jax
+
+Of several runs in a folder it takes the newest. Pillow comes with TensorBoard.
 """
 
 import argparse
