@@ -2868,10 +2868,11 @@ def evaluate(run, params):
         metrics["epoch"] = run.step / run.steps_per_epoch
     metrics["eval_samples"] = len(dataset)
     metrics["eval_tokens_per_second"] = round(metrics["eval_samples_per_second"] * dataset.num_tokens / len(dataset))
-    guesses = guess(run, params)
-    run.writer.text("eval/guesses", guesses_table(guesses), run.step)
-    if not run.args.do_train or run.step == run.num_steps:
-        log_guesses(guesses)
+    if run.args.should_log:
+        guesses = guess(run, params)
+        run.writer.text("eval/guesses", guesses_table(guesses), run.step)
+        if not run.args.do_train or run.step == run.num_steps:
+            log_guesses(guesses)
     run.start_clock()
     return metrics
 
