@@ -25,7 +25,7 @@ COLOURS = ("#d1495b", "#00798c", "#edae49", "#5f4b8b")
 INK, GREY, LINE = "#222222", "#777777", "#dddddd"
 SCALE = 2  # Drawn larger and made smaller: smooth lines.
 WIDTH, HEIGHT, COLUMNS = 300, 210, 4
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 34, 36  # Around the chart in its cell.
+LEFT, RIGHT, TOP, BOTTOM = 52, 18, 34, 36  # Around the chart in its cell.
 
 
 def read_events(folder):
@@ -108,7 +108,8 @@ class Picture:
         for step, x in across.items():
             self.text((x, bottom + 5), number(step), GREY, 10, "ma")
         self.text(((left + right) / 2, bottom + 19), "step", GREY, 10, "ma")
-        for colour, points in series:
+        # The first one is widest: it shows where another covers it.
+        for width, (colour, points) in zip(range(2 * len(series), 0, -2), series):
             places = [
                 (
                     left + (right - left) * step / steps[-1],
@@ -117,9 +118,9 @@ class Picture:
                 for step, value in points
             ]
             if len(places) > 1:
-                self.line(places, colour, 1.8)
+                self.line(places, colour, width)
             for place in places if len(places) < 12 else []:
-                self.dot(place, colour)
+                self.dot(place, colour, width + 1.5)
 
     def legend(self, corner, names):
         """Write which colour is which run."""
@@ -171,7 +172,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("picture", help="the PNG file to write")
     parser.add_argument("runs", nargs="+", help="name=folder of event files, at most four")
-    parser.add_argument("--sentences", type=int, nargs="*", default=[1, 3], help="which sentences to show, from 1")
+    parser.add_argument("--sentences", type=int, nargs="*", default=[1, 3, 4], help="which sentences to show, from 1")
     args = parser.parse_args()
     runs = {name: read_events(folder) for name, folder in (run.split("=", 1) for run in args.runs)}
     draw(runs, [number - 1 for number in args.sentences]).save(args.picture, optimize=True)
