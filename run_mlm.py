@@ -1980,6 +1980,8 @@ class StepBoundary(TrainerCallback):
             self.signals.received = int(self.trainer.accelerator.gather(received).max())
         if self.signals.received:
             control.should_save = control.should_training_stop = True
+        # The last steps are reported too, as in the Flax script.
+        control.should_log |= args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps
         return control
 
 
