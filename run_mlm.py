@@ -24,6 +24,7 @@ import errno
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import itertools
@@ -55,7 +56,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import transformers
-from huggingface_hub import constants
+from huggingface_hub import EvalResult, HfApi, ModelCardData, constants, get_token
 from huggingface_hub import utils as hub_utils
 from safetensors import safe_open
 from torch.nn.functional import cross_entropy, dropout, scaled_dot_product_attention
@@ -75,10 +76,15 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations import TensorBoardCallback
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 from transformers.utils import check_min_version, is_torch_xla_available
 from transformers.utils.versions import require_version
+
+try:
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+except ImportError:
+    hparams_pb = None
 
 # The oldest releases that the tests run on.
 check_min_version("4.57.6")
@@ -87,6 +93,7 @@ require_version("datasets>=5.0.1", "To fix: pip install -r requirements.txt")
 logger = logging.getLogger("run_mlm")
 
 MODEL_TYPES = tuple(sorted(config.model_type for config in MODEL_FOR_MASKED_LM_MAPPING))
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
 LINE_BY_LINE_DEFAULT = False  # The documented default of this script: texts are joined and cut into full rows.
 FILE_FORMATS = {"txt": "text", "csv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
 # What the loaders need to give exactly the text: no byte-order mark, and "NA" is no missing value.
@@ -101,6 +108,7 @@ SPACE_MARKS = ("▁", "Ġ", " ")  # How vocabularies write the space before a wo
 IGNORED_LABEL = -100
 CHOICES = {
     **{"eval_strategy": IntervalStrategy, "logging_strategy": IntervalStrategy, "save_strategy": SaveStrategy},
+    **{"hub_strategy": HubStrategy},
     **{"lr_scheduler_type": SchedulerType, "optim": OptimizerNames},
 }
 FOREIGN_FILE = "optimizer.msgpack"  # In a checkpoint of the other script.
@@ -122,6 +130,19 @@ STREAM_BATCH = 256  # Texts of a stream tokenized together: enough for all cores
 STREAMED_VALIDATION = 1000  # Texts taken from a stream without a validation split.
 PROBED_SAMPLES = 200_000  # Enough to expect the padding of more.
 LENGTH_WINDOW = 50  # Batches sorted by length together: enough for like lengths, few enough to stay random.
+# What TensorBoard compares runs by.
+HYPERPARAMETERS = (
+    *("model_name_or_path", "model_type", "config_name", "max_seq_length", "line_by_line", "whole_word_mask"),
+    *("mlm_probability", "dropout_rate", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+    *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("max_grad_norm", "label_smoothing_factor", "bf16", "seed"),
+)
+CARD_RESULTS = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
+# Ends a model card, with its checksum.
+CARD_MARK = "\n<!-- Written by a training run; a card that was changed since then is left alone: "
+LOGIN_FIX = "give --hub_token or set HF_TOKEN, or log in with `hf auth login`"
+REPOSITORY_FIX = "name one in --hub_model_id that your token may write to; nothing was trained"
+NOT_PUSHED = ("checkpoint-*", ".*", "_*")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -252,6 +273,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default=8, help="Evaluation batch of one device.", aliases=["--eval_batch_size"]
     )
     report_to: Optional[list[str]] = HfArg(default=None, help="Where to log: tensorboard, wandb, none, ...")
+    hub_strategy: str = HfArg(default="end", help="When to upload: end, every_save, checkpoint or all_checkpoints.")
     debug: bool = HfArg(default=False, help="Show the traceback of an error.")
     # Transformers 5 has dropped these or made something else of them: documented, shared with the Flax script, or
     # given by `xla_spawn`.
@@ -438,6 +460,7 @@ def check_args(model_args, data_args, training_args):
         raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
     if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
         raise UserError("--do_train needs --train_file or --dataset_name")
+    check_push(training_args)
     check_ranges(model_args)
     check_ranges(data_args)
     check_masking(data_args)
@@ -459,6 +482,16 @@ def check_model_type(subject, model_type):
     if model_type in CONFIG_MAPPING or not closest:
         raise UserError(f"{subject}: no masked-LM model of type {model_type!r} here; known: {', '.join(MODEL_TYPES)}")
     raise UserError(f"{subject}: {model_type!r} is unknown; did you mean {' or '.join(closest)}?")
+
+
+def check_push(training_args):
+    """Raise `UserError` for an upload to the hub that cannot come about."""
+    if not training_args.push_to_hub:
+        return
+    if not training_args.do_train:
+        raise UserError("--push_to_hub uploads what --do_train makes; give both")
+    if not (training_args.hub_token or get_token()):
+        raise UserError(f"--push_to_hub: there is no hub token; {LOGIN_FIX}")
 
 
 def check_ranges(group):
@@ -1787,9 +1820,19 @@ class MaskedLMTrainer(Trainer):
         self.selection = None if self.args.n_gpu > 1 else selection  # DataParallel splits the batch behind our back.
         self.first_step = self.reported_step = 0
         self.reported_loss = 0.0
+        self.clock = 0, 0.0
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
                 callback.logging_dir = self.args.logging_dir  # Transformers 5 does not read the argument.
+
+    def start_clock(self):
+        """Measure `tokens_per_second` from here."""
+        self.clock = self.state.global_step, time.perf_counter()
+
+    def init_hf_repo(self, token=None):
+        """Make the repository on the hub, as `run_mlm_flax.py` does."""
+        if self.is_world_process_zero():
+            self.hub_model_id, self.push_in_progress = create_repository(self.args), None
 
     def log(self, logs, *args, **kwargs):
         """Report as the Trainer does, but the loss unrounded, and the speed of the steps that this process made."""
@@ -1797,6 +1840,9 @@ class MaskedLMTrainer(Trainer):
             total, step = self._total_loss_scalar, self.state.global_step
             logs["loss"] = (total - self.reported_loss) / (step - self.reported_step)
             self.reported_loss, self.reported_step = total, step
+            tokens = self.train_dataset.num_tokens / len(self.train_dataset) * self.args.step_samples
+            logs["tokens_per_second"] = tokens * (step - self.clock[0]) / (time.perf_counter() - self.clock[1])
+            self.start_clock()
         if "train_loss" in logs and self.first_step:
             history, total, step = self.state.log_history, self._total_loss_scalar, self.state.global_step
             if step > self.reported_step:
@@ -1873,7 +1919,14 @@ class MaskedLMTrainer(Trainer):
                 if isinstance(self.train_dataset, StreamedDataset):
                     self.train_dataset.save_state(staged, self.state.global_step)
                 publish_checkpoint(staged, folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            if self.args.hub_always_push:
+                self._finish_current_push()  # It reads the files that the next one writes over.
+            super()._push_from_checkpoint(os.path.join(folder, f"checkpoint-{self.state.global_step}"))
         self.accelerator.wait_for_everyone()
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        pass  # Too early: the Trainer calls it before the checkpoint is whole.
 
     def _get_train_sampler(self, train_dataset=None):
         return EpochSampler(self.train_dataset, self.args)
@@ -1941,6 +1994,37 @@ class MaskedLMTrainer(Trainer):
         return None, sums, labelled.sum(1)
 
 
+class Charts(TrainerCallback):
+    """Adds to TensorBoard what the Trainer does not: hyperparameters, and the model's guesses at each evaluation."""
+
+    def __init__(self, trainer, settings):
+        self.trainer = trainer
+        self.settings = settings
+
+    @property
+    def writer(self):
+        """The Trainer's writer, where there is one now, in the main process."""
+        callbacks = self.trainer.callback_handler.callbacks
+        return next((item.tb_writer for item in callbacks if getattr(item, "tb_writer", None)), None)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Write the hyperparameters."""
+        self.trainer.start_clock()
+        if self.writer and hparams_pb:
+            self.writer.file_writer.add_summary(hparams_pb(self.settings))
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        """Write the guesses."""
+        if self.writer and not self.trainer.is_fsdp_enabled:
+            self.writer.add_text("eval/guesses", guesses_table(guess(self.trainer)), state.global_step)
+            self.writer.flush()
+        self.trainer.start_clock()
+
+    def on_save(self, args, state, control, **kwargs):
+        """Go on with the time of the steps alone."""
+        self.trainer.start_clock()
+
+
 class StepBoundary(TrainerCallback):
     """Notes where a run begins, and ends it at the next step boundary, checkpoint saved, after a signal to stop."""
 
@@ -1960,6 +2044,8 @@ class StepBoundary(TrainerCallback):
             self.signals.received = int(self.trainer.accelerator.gather(received).max())
         if self.signals.received:
             control.should_save = control.should_training_stop = True
+        # The last steps are reported too, as in the Flax script.
+        control.should_log |= args.logging_strategy == IntervalStrategy.STEPS and state.global_step >= state.max_steps
         return control
 
 
@@ -2059,7 +2145,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
     sample = next(dataset for dataset in tokenized.values() if len(dataset))
     with user_errors(f"{model_args.model_flag} fails at the first samples"):
         selection = None if model_args.dense_head else find_selection(model, sample, collator)
-    return MaskedLMTrainer(
+    trainer = MaskedLMTrainer(
         model=model,
         args=training_args,
         data_collator=collator,
@@ -2068,6 +2154,8 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         processing_class=tokenizer,
         selection=selection,
     )
+    trainer.add_callback(Charts(trainer, hyperparameters(model_args, data_args, training_args)))
+    return trainer
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2395,10 +2483,11 @@ def run_summary(num_parameters, dataset, collator, batch, num_steps, peak_learni
 
 
 def log_summary(title, lines):
-    """Log a titled block of `name: value` lines."""
+    """Log a titled block of `name: value` lines and return them."""
     logger.info(f"***** {title} *****")
     for name, value in lines.items():
         logger.info(f"  {name:<26} {value}")
+    return lines
 
 
 def masked_sentences(dataset, tokenizer, collator, count=5, length=32):
@@ -2422,19 +2511,172 @@ def masked_sentences(dataset, tokenizer, collator, count=5, length=32):
     return sentences
 
 
-def log_guesses(tokenizer, sentences, logits):
-    """Log each masked sentence with the model's three best guesses, for `logits: [S, V]` at the masked positions."""
-    logger.info("***** Masked sentences and the model's best guesses *****")
+def best_guesses(tokenizer, sentences, logits):
+    """Return (masked sentence, three best guesses, token of the text) of each, for `logits: [S, V]` at the masks."""
+    rows = []
     for row, mask, position, token_id, scores in zip(*sentences.values(), logits):
-        text = [
+        before, after = (
             tokenizer.decode(part, skip_special_tokens=True)
             for part in (row[:position], row[position + 1 : mask.sum()])
-        ]
+        )
         probabilities = np.exp(scores - scores.max())
         probabilities /= probabilities.sum()
         guesses = ", ".join(f"{tokenizer.decode([i])} {probabilities[i]:.0%}" for i in np.argsort(-scores)[:3])
-        logger.info(f"  {text[0]} {tokenizer.mask_token} {text[1]}")
-        logger.info(f"      {guesses} (the text: {tokenizer.decode([token_id])})")
+        rows.append((f"{before} {tokenizer.mask_token} {after}", guesses, tokenizer.decode([token_id])))
+    return rows
+
+
+def log_guesses(rows):
+    """Log `best_guesses`."""
+    logger.info("***** Masked sentences and the model's best guesses *****")
+    for sentence, guesses, token in rows:
+        logger.info(f"  {sentence}")
+        logger.info(f"      {guesses} (the text: {token})")
+
+
+def guesses_table(rows):
+    """Return `best_guesses` in Markdown."""
+    return markdown_table(["masked sentence", "best guesses", "the text"], rows)
+
+
+def markdown_table(head, rows):
+    """Return a table in Markdown of a row of names and rows of texts."""
+    rows = [head, ["---"] * len(head), *([text.replace("|", "\\|") for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def hyperparameters(*groups):
+    """Return {name: value} of the settings that TensorBoard compares runs by, from the argument groups."""
+    found = {"framework": LIBRARIES[0]}
+    for name in HYPERPARAMETERS:
+        value = next(getattr(group, name) for group in groups if hasattr(group, name))
+        found[name] = value if isinstance(value, (bool, int, float)) else str(getattr(value, "value", value))
+    return found
+
+
+def without_folder(value):
+    """Return a setting as others may see it: of an absolute path the last part."""
+    return os.path.basename(value.rstrip("/")) if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def given_settings(argv):
+    """Return {name: value} of the arguments that are not at their defaults, without tokens and folders."""
+    parser = build_parser()
+    given, defaults = (vars(parser.parse_args(flags)) for flags in (expand_flags(argv), []))
+    settings = {name: value for name, value in given.items() if value != defaults[name] and not name.endswith("token")}
+    return {
+        name: [without_folder(item) for item in value] if isinstance(value, list) else without_folder(value)
+        for name, value in settings.items()
+    }
+
+
+def card_metadata(name, model_args, data_args, metrics):
+    """Return the `ModelCardData` of a model: what the hub shows and searches."""
+    hub = {
+        flag: getattr(group, flag) for flag, group in (("model_name_or_path", model_args), ("dataset_name", data_args))
+    }
+    hub = {flag: value if value and not os.path.exists(value) else None for flag, value in hub.items()}
+    source = data_args.dataset_name or listed(data_args.validation_file or data_args.train_file)[0]
+    results = [
+        EvalResult("fill-mask", "text", without_folder(source), kind, metrics[key], dataset_split="validation")
+        for kind, key in CARD_RESULTS.items()
+        if math.isfinite(metrics.get(key, math.inf))  # The hub refuses others.
+    ]
+    return ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=["masked-language-modeling"],
+        base_model=hub["model_name_or_path"],
+        datasets=hub["dataset_name"] and [hub["dataset_name"]],
+        eval_results=results or None,
+    )
+
+
+def model_card(settings, model_args, data_args, training_args, facts, metrics):
+    """Return a model card: YAML metadata, then in Markdown the model, its data, results, arguments and versions."""
+    name = repository_name(training_args).split("/")[-1]
+    base = model_args.model_name_or_path
+    start = f"fine-tuned from `{without_folder(base)}`" if base else "trained from scratch"
+    results = {
+        **{key: metrics[key] for key in CARD_RESULTS.values() if key in metrics},
+        "train_loss": metrics["train_loss"],
+    }
+    rows = [(key, f"{value:.4g}") for key, value in results.items()]
+    versions = [("python", sys.version.split()[0])] + [(name, importlib.metadata.version(name)) for name in LIBRARIES]
+    sources = {"data set": data_args.dataset_name}
+    for split in ("train", "validation"):
+        files = None if data_args.dataset_name else getattr(data_args, f"{split}_file")
+        sources[f"{split} file"] = ", ".join(map(without_folder, listed(files or [])))
+    data = [(fact, value) for fact, value in {**sources, **facts}.items() if value]
+    parts = [
+        f"---\n{card_metadata(name, model_args, data_args, metrics).to_yaml()}\n---",
+        f"# {name}",
+        f"A masked language model, {start}: it fills in masked words.",
+        "## Data",
+        markdown_table(["", ""], data),
+        "## Results",
+        markdown_table(["metric", "value"], rows),
+        "Loss, accuracy and perplexity are those of the masked tokens of the validation data.",
+        "## Arguments",
+        f"Those that were given; `{os.path.basename(__file__)}` takes them again as a JSON file.",
+        f"```json\n{json.dumps(settings, indent=2)}\n```",
+        "## Versions",
+        markdown_table(["library", "version"], versions),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_card(folder, card):
+    """Write `README.md`, unless there is one that is not as a run wrote it: that is kept, with a warning."""
+    path = os.path.join(folder, "README.md")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text, _, checksum = file.read().partition(CARD_MARK)
+        if checksum != card_checksum(text):
+            logger.warning(f"{path} is kept as it is: no run wrote it, or it was changed since.")
+            return
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(card + CARD_MARK + card_checksum(card))
+    os.replace(f"{path}.tmp", path)
+
+
+def card_checksum(text):
+    """Return what ends a card of a run: the text's checksum."""
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
+
+
+def repository_name(training_args):
+    """Return the name of the hub repository, with or without its owner."""
+    return training_args.hub_model_id or os.path.basename(os.path.abspath(training_args.output_dir))
+
+
+def create_repository(training_args):
+    """Make the hub repository if there is none and return its full name; raises `UserError` if that fails."""
+    name, api = repository_name(training_args), HfApi(token=training_args.hub_token)
+    with user_errors(f"--push_to_hub: {name}", REPOSITORY_FIX):
+        return api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True).repo_id
+
+
+def publish_model(argv, model_args, data_args, training_args, facts, metrics):
+    """Write the model card after a training and, with `--push_to_hub`, upload all that the run wrote but checkpoints.
+
+    Raises `UserError` if the upload fails: all is saved in `output_dir` by then.
+    """
+    if not (training_args.do_train and training_args.writes_results):
+        return
+    folder, name = training_args.output_dir, repository_name(training_args)
+    write_card(folder, model_card(given_settings(argv), model_args, data_args, training_args, facts, metrics))
+    if training_args.push_to_hub:
+        fix = f"the model is saved in {folder}: `hf upload {name} {folder} --exclude 'checkpoint-*'` uploads it later"
+        with user_errors(f"--push_to_hub: {name}", fix):
+            api = HfApi(token=training_args.hub_token)
+            name = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True).repo_id
+            message = "Masked language model, trained"
+            api.upload_folder(
+                repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=list(NOT_PUSHED)
+            )
+        logger.info(f"Uploaded to {constants.ENDPOINT}/{name}.")
 
 
 def train(trainer, checkpoint):
@@ -2479,6 +2721,8 @@ def evaluate(trainer):
     metrics["perplexity"] = metrics.pop("eval_perplexity")
     metrics["eval_samples"] = len(dataset)
     metrics["eval_tokens_per_second"] = round(metrics["eval_samples_per_second"] * dataset.num_tokens / len(dataset))
+    if trainer.is_world_process_zero() and not trainer.is_fsdp_enabled:
+        log_guesses(guess(trainer))
     return metrics
 
 
@@ -2487,7 +2731,7 @@ def save_model(trainer):
     folder = trainer.args.output_dir
     with staging(folder) if trainer.args.should_save else contextlib.nullcontext():
         trainer.accelerator.wait_for_everyone()
-        trainer.save_model(os.path.join(folder, UNFINISHED, "model"))
+        trainer.save_model(os.path.join(folder, UNFINISHED, "model"), _internal_call=True)  # Nothing is uploaded yet.
         trainer.accelerator.wait_for_everyone()
         if trainer.args.should_save:
             publish_files(os.path.join(folder, UNFINISHED, "model"), folder)
@@ -2504,18 +2748,16 @@ def save_results(trainer, split, metrics):
     write_json(os.path.join(trainer.args.output_dir, "trainer_state.json"), asdict(trainer.state))
 
 
-def show_guesses(trainer, tokenizer):
-    """Log a few validation sentences with one mask each and the model's guesses."""
-    if not trainer.is_world_process_zero() or trainer.is_fsdp_enabled:
-        return
-    sentences = masked_sentences(trainer.eval_dataset, tokenizer, trainer.data_collator)
+def guess(trainer):
+    """Return the model's `best_guesses` for a few validation sentences with one mask each."""
+    sentences = masked_sentences(trainer.eval_dataset, trainer.processing_class, trainer.data_collator)
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
     inputs = {name: torch.from_numpy(sentences[name]).long() for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         inputs = model_inputs(model, {name: value.to(model.device) for name, value in inputs.items()})
         logits = model(**inputs).logits
     picked = logits[torch.arange(len(logits)), torch.from_numpy(sentences["positions"])]
-    log_guesses(tokenizer, sentences, picked.float().cpu().numpy())
+    return best_guesses(trainer.processing_class, sentences, picked.float().cpu().numpy())
 
 
 def num_training_steps(trainer):
@@ -2554,7 +2796,7 @@ def main(argv=None):
             raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
             tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
         padding = batch_padding(data_args, training_args, max_seq_length)
-        log_summary("Data", data_summary(tokenized, tokenizer, padding))
+        facts = log_summary("Data", data_summary(tokenized, tokenizer, padding))
         check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args)
         if not (training_args.do_train or training_args.do_eval):
             logger.info("Tokenized and cached. Nothing was trained or evaluated: see --do_train and --do_eval.")
@@ -2574,7 +2816,7 @@ def main(argv=None):
             eval_metrics = evaluate(trainer)
             save_results(trainer, "eval", eval_metrics)
             metrics |= eval_metrics
-            show_guesses(trainer, tokenizer)
+        publish_model(argv, model_args, data_args, training_args, facts, metrics)
         return metrics
 
 

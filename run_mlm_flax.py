@@ -26,6 +26,7 @@ import errno
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import inspect
 import itertools
 import json
@@ -63,7 +64,7 @@ from flax import jax_utils, serialization
 from flax import linen as nn
 from flax.training import train_state
 from flax.traverse_util import flatten_dict, unflatten_dict
-from huggingface_hub import constants
+from huggingface_hub import EvalResult, HfApi, ModelCardData, constants, get_token
 from huggingface_hub import utils as hub_utils
 from jax import lax
 from safetensors import safe_open
@@ -85,7 +86,10 @@ from transformers.utils.versions import require_version
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
+    from tensorboard.compat.proto.tensor_pb2 import TensorProto
+    from tensorboard.compat.proto.types_pb2 import DT_STRING
+    from tensorboard.plugins.hparams.summary_v2 import hparams_pb
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 except ImportError:
     EventFileWriter = None
@@ -97,6 +101,7 @@ require_version("datasets>=5.0.1", "To fix: pip install -r requirements.txt")
 logger = logging.getLogger("run_mlm")
 
 MODEL_TYPES = tuple(sorted(config.model_type for config in FLAX_MODEL_FOR_MASKED_LM_MAPPING))
+LIBRARIES = ("jax", "flax", "optax", "transformers", "datasets", "tokenizers", "numpy")
 LINE_BY_LINE_DEFAULT = True  # The documented default of this script: each text is a sample.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
 MAX_SHAPES = 6  # Lengths that line-by-line batches are padded to: each one is a compilation.
@@ -129,6 +134,19 @@ STREAM_BATCH = 256  # Texts of a stream tokenized together: enough for all cores
 STREAMED_VALIDATION = 1000  # Texts taken from a stream without a validation split.
 PROBED_SAMPLES = 200_000  # Enough to expect the padding of more.
 LENGTH_WINDOW = 50  # Batches sorted by length together: enough for like lengths, few enough to stay random.
+# What TensorBoard compares runs by.
+HYPERPARAMETERS = (
+    *("model_name_or_path", "model_type", "config_name", "max_seq_length", "line_by_line", "whole_word_mask"),
+    *("mlm_probability", "dropout_rate", "train_batch_size", "gradient_accumulation_steps", "num_train_epochs"),
+    *("max_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta1", "adam_beta2"),
+    *("max_grad_norm", "label_smoothing_factor", "bf16", "seed"),
+)
+CARD_RESULTS = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
+# Ends a model card, with its checksum.
+CARD_MARK = "\n<!-- Written by a training run; a card that was changed since then is left alone: "
+LOGIN_FIX = "give --hub_token or set HF_TOKEN, or log in with `hf auth login`"
+REPOSITORY_FIX = "name one in --hub_model_id that your token may write to; nothing was trained"
+NOT_PUSHED = ("checkpoint-*", ".*", "_*")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Arguments
@@ -290,6 +308,16 @@ class TrainingArguments:
     )
     seed: int = HfArg(default=42, help="Seed of new weights, dropout, order and masks.")
     bf16: bool = HfArg(default=False, help="Compute in bfloat16; the weights stay float32.")
+    push_to_hub: bool = HfArg(default=False, help="Upload model, model card and results to the hub after training.")
+    hub_model_id: Optional[str] = HfArg(
+        default=None, help="Hub repository, name or owner/name (default: named as output_dir)."
+    )
+    hub_token: Optional[str] = HfArg(
+        default=None, repr=False, help="Hub token for the upload (default: HF_TOKEN or the stored one)."
+    )
+    hub_private_repo: Optional[bool] = HfArg(
+        default=None, help="Make a new repository private (default: as its owner's settings say)."
+    )
     debug: bool = HfArg(default=False, help="Show the traceback of an error.")
 
     def __post_init__(self):
@@ -358,17 +386,17 @@ def foreign_argument_names():
     ddp_timeout deepspeed disable_tqdm do_predict eval_accumulation_steps eval_delay eval_do_concat_batches
     eval_on_start eval_use_gather_object fp16 fp16_backend fp16_full_eval fp16_opt_level fsdp fsdp_config
     fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap full_determinism gradient_checkpointing
-    gradient_checkpointing_kwargs greater_is_better half_precision_backend hub_always_push hub_model_id
-    hub_private_repo hub_revision hub_strategy hub_token ignore_data_skip include_for_metrics
-    include_inputs_for_metrics include_num_input_tokens_seen include_tokens_per_second jit_mode_eval label_names
-    length_column_name liger_kernel_config load_best_model_at_end local_rank log_level log_level_replica
-    log_on_each_node logging_dir logging_first_step logging_nan_inf_filter logging_strategy lr_scheduler_kwargs
-    metric_for_best_model mp_parameters neftune_noise_alpha no_average_tokens_across_devices no_cuda
-    no_dataloader_pin_memory no_eval_do_concat_batches no_log_on_each_node no_logging_nan_inf_filter
-    no_remove_unused_columns no_save_safetensors no_skip_memory_metrics optim optim_args optim_target_modules
-    parallelism_config past_index per_gpu_eval_batch_size per_gpu_train_batch_size prediction_loss_only project
-    push_to_hub push_to_hub_model_id push_to_hub_organization push_to_hub_token ray_scope remove_unused_columns
-    report_to restore_callback_states_from_checkpoint run_name save_on_each_node save_only_model save_safetensors
+    gradient_checkpointing_kwargs greater_is_better half_precision_backend hub_always_push hub_revision hub_strategy
+    ignore_data_skip include_for_metrics include_inputs_for_metrics include_num_input_tokens_seen
+    include_tokens_per_second jit_mode_eval label_names length_column_name liger_kernel_config
+    load_best_model_at_end local_rank log_level log_level_replica log_on_each_node logging_dir logging_first_step
+    logging_nan_inf_filter logging_strategy lr_scheduler_kwargs metric_for_best_model mp_parameters
+    neftune_noise_alpha no_average_tokens_across_devices no_cuda no_dataloader_pin_memory no_eval_do_concat_batches
+    no_log_on_each_node no_logging_nan_inf_filter no_remove_unused_columns no_save_safetensors
+    no_skip_memory_metrics optim optim_args optim_target_modules parallelism_config past_index
+    per_gpu_eval_batch_size per_gpu_train_batch_size prediction_loss_only project push_to_hub_model_id
+    push_to_hub_organization push_to_hub_token ray_scope remove_unused_columns report_to
+    restore_callback_states_from_checkpoint run_name save_on_each_node save_only_model save_safetensors
     skip_memory_metrics tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps
     torchdynamo tpu_metrics_debug tpu_num_cores trackio_space_id use_cpu use_legacy_prediction_loop use_liger_kernel
     use_mps_device warmup_ratio
@@ -469,6 +497,7 @@ def check_args(model_args, data_args, training_args):
         raise UserError("no data: give --dataset_name, or --train_file and/or --validation_file")
     if training_args.do_train and not (data_args.dataset_name or data_args.train_file):
         raise UserError("--do_train needs --train_file or --dataset_name")
+    check_push(training_args)
     check_ranges(model_args)
     check_ranges(data_args)
     check_masking(data_args)
@@ -490,6 +519,16 @@ def check_model_type(subject, model_type):
     if model_type in CONFIG_MAPPING or not closest:
         raise UserError(f"{subject}: no masked-LM model of type {model_type!r} here; known: {', '.join(MODEL_TYPES)}")
     raise UserError(f"{subject}: {model_type!r} is unknown; did you mean {' or '.join(closest)}?")
+
+
+def check_push(training_args):
+    """Raise `UserError` for an upload to the hub that cannot come about."""
+    if not training_args.push_to_hub:
+        return
+    if not training_args.do_train:
+        raise UserError("--push_to_hub uploads what --do_train makes; give both")
+    if not (training_args.hub_token or get_token()):
+        raise UserError(f"--push_to_hub: there is no hub token; {LOGIN_FIX}")
 
 
 def check_ranges(group):
@@ -1801,19 +1840,34 @@ def mean_metrics(loss, hits, count):
 
 
 class SummaryWriter:
-    """Writes TensorBoard events with the `tensorboard` package alone, where it is installed."""
+    """Writes TensorBoard events with the `tensorboard` package alone, where it is installed and there is a folder."""
 
-    def __init__(self, log_dir):
+    def __init__(self, log_dir, settings=None, texts=None):
         self.log_dir = log_dir
+        self.settings = settings or {}
+        self.texts = texts or {}
         self.writer = None
 
-    def scalar(self, tag, value, step):
-        """Write one value of a chart; the first one makes the file."""
-        if EventFileWriter and not self.writer:
+    def add(self, summary, step):
+        """Write a summary; the first one makes the file, which begins with the hyperparameters."""
+        if not self.writer:
             self.writer = EventFileWriter(self.log_dir)
-        if self.writer:
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-            self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+            self.add(hparams_pb(self.settings), 0)
+            for tag, text in self.texts.items():
+                self.text(tag, text, 0)
+        self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+
+    def scalar(self, tag, value, step):
+        """Write one value of a chart."""
+        if EventFileWriter and self.log_dir:
+            self.add(Summary(value=[Summary.Value(tag=tag, simple_value=value)]), step)
+
+    def text(self, tag, text, step):
+        """Write a text in Markdown, under the name that PyTorch's writer gives it."""
+        if EventFileWriter and self.log_dir:
+            metadata = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
+            tensor = TensorProto(dtype=DT_STRING, string_val=[text.encode()], tensor_shape={"dim": [{"size": 1}]})
+            self.add(Summary(value=[Summary.Value(tag=f"{tag}/text_summary", metadata=metadata, tensor=tensor)]), step)
 
     def close(self):
         """Write out what is still in memory."""
@@ -1967,6 +2021,7 @@ class Run:
     first_step: int = 0  # Not 0 after a resume.
     log_history: list = field(default_factory=list)
     seen_shapes: set = field(default_factory=set)
+    clock: tuple = (0, 0.0)  # Step and time from which `tokens_per_second` is measured.
 
     @property
     def steps_per_epoch(self):
@@ -1994,9 +2049,18 @@ class Run:
         return functools.partial(labelled_logits, model=self.model, selection=self.selection)
 
     @functools.cached_property
+    def forward(self):
+        """The compiled forward pass of one device, for all logits."""
+        return jax.jit(self.apply_fn)
+
+    @functools.cached_property
     def eval_step(self):
         """The compiled evaluation step; the last one stays compiled from one evaluation to the next."""
         return jax.pmap(functools.partial(eval_step, apply_fn=self.apply_fn), "batch")
+
+    def start_clock(self):
+        """Measure `tokens_per_second` from here."""
+        self.clock = self.step, time.perf_counter()
 
     def log(self, logs):
         """Record values in the history and on the charts, under the Trainer's names."""
@@ -2095,6 +2159,12 @@ def build_run(model_args, data_args, training_args, model, tokenizer, tokenized,
     sample = next(dataset for dataset in tokenized.values() if len(dataset))
     with user_errors(f"{model_args.model_flag} fails at the first samples"):
         selection = None if model_args.dense_head else find_selection(model, sample, collator)
+    groups = model_args, data_args, training_args
+    arguments = {name: value for group in groups for name, value in vars(group).items() if not name.endswith("token")}
+    texts = {"args": json.dumps(arguments, indent=2), "model_config": model.config.to_json_string()}
+    log_dir = os.path.join(training_args.output_dir, "logs") if training_args.should_log else None
+    if training_args.push_to_hub and training_args.should_log:
+        create_repository(training_args)
     return Run(
         args=training_args,
         model=model,
@@ -2104,7 +2174,7 @@ def build_run(model_args, data_args, training_args, model, tokenizer, tokenized,
         max_seq_length=max_seq_length,
         pad_to_max_length=data_args.pad_to_max_length,
         selection=selection,
-        writer=SummaryWriter(os.path.join(training_args.output_dir, "logs") if training_args.should_log else None),
+        writer=SummaryWriter(log_dir, hyperparameters(*groups), texts),
     )
 
 
@@ -2436,10 +2506,11 @@ def run_summary(num_parameters, dataset, collator, batch, num_steps, peak_learni
 
 
 def log_summary(title, lines):
-    """Log a titled block of `name: value` lines."""
+    """Log a titled block of `name: value` lines and return them."""
     logger.info(f"***** {title} *****")
     for name, value in lines.items():
         logger.info(f"  {name:<26} {value}")
+    return lines
 
 
 def masked_sentences(dataset, tokenizer, collator, count=5, length=32):
@@ -2463,19 +2534,172 @@ def masked_sentences(dataset, tokenizer, collator, count=5, length=32):
     return sentences
 
 
-def log_guesses(tokenizer, sentences, logits):
-    """Log each masked sentence with the model's three best guesses, for `logits: [S, V]` at the masked positions."""
-    logger.info("***** Masked sentences and the model's best guesses *****")
+def best_guesses(tokenizer, sentences, logits):
+    """Return (masked sentence, three best guesses, token of the text) of each, for `logits: [S, V]` at the masks."""
+    rows = []
     for row, mask, position, token_id, scores in zip(*sentences.values(), logits):
-        text = [
+        before, after = (
             tokenizer.decode(part, skip_special_tokens=True)
             for part in (row[:position], row[position + 1 : mask.sum()])
-        ]
+        )
         probabilities = np.exp(scores - scores.max())
         probabilities /= probabilities.sum()
         guesses = ", ".join(f"{tokenizer.decode([i])} {probabilities[i]:.0%}" for i in np.argsort(-scores)[:3])
-        logger.info(f"  {text[0]} {tokenizer.mask_token} {text[1]}")
-        logger.info(f"      {guesses} (the text: {tokenizer.decode([token_id])})")
+        rows.append((f"{before} {tokenizer.mask_token} {after}", guesses, tokenizer.decode([token_id])))
+    return rows
+
+
+def log_guesses(rows):
+    """Log `best_guesses`."""
+    logger.info("***** Masked sentences and the model's best guesses *****")
+    for sentence, guesses, token in rows:
+        logger.info(f"  {sentence}")
+        logger.info(f"      {guesses} (the text: {token})")
+
+
+def guesses_table(rows):
+    """Return `best_guesses` in Markdown."""
+    return markdown_table(["masked sentence", "best guesses", "the text"], rows)
+
+
+def markdown_table(head, rows):
+    """Return a table in Markdown of a row of names and rows of texts."""
+    rows = [head, ["---"] * len(head), *([text.replace("|", "\\|") for text in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def hyperparameters(*groups):
+    """Return {name: value} of the settings that TensorBoard compares runs by, from the argument groups."""
+    found = {"framework": LIBRARIES[0]}
+    for name in HYPERPARAMETERS:
+        value = next(getattr(group, name) for group in groups if hasattr(group, name))
+        found[name] = value if isinstance(value, (bool, int, float)) else str(getattr(value, "value", value))
+    return found
+
+
+def without_folder(value):
+    """Return a setting as others may see it: of an absolute path the last part."""
+    return os.path.basename(value.rstrip("/")) if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def given_settings(argv):
+    """Return {name: value} of the arguments that are not at their defaults, without tokens and folders."""
+    parser = build_parser()
+    given, defaults = (vars(parser.parse_args(flags)) for flags in (expand_flags(argv), []))
+    settings = {name: value for name, value in given.items() if value != defaults[name] and not name.endswith("token")}
+    return {
+        name: [without_folder(item) for item in value] if isinstance(value, list) else without_folder(value)
+        for name, value in settings.items()
+    }
+
+
+def card_metadata(name, model_args, data_args, metrics):
+    """Return the `ModelCardData` of a model: what the hub shows and searches."""
+    hub = {
+        flag: getattr(group, flag) for flag, group in (("model_name_or_path", model_args), ("dataset_name", data_args))
+    }
+    hub = {flag: value if value and not os.path.exists(value) else None for flag, value in hub.items()}
+    source = data_args.dataset_name or listed(data_args.validation_file or data_args.train_file)[0]
+    results = [
+        EvalResult("fill-mask", "text", without_folder(source), kind, metrics[key], dataset_split="validation")
+        for kind, key in CARD_RESULTS.items()
+        if math.isfinite(metrics.get(key, math.inf))  # The hub refuses others.
+    ]
+    return ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=["masked-language-modeling"],
+        base_model=hub["model_name_or_path"],
+        datasets=hub["dataset_name"] and [hub["dataset_name"]],
+        eval_results=results or None,
+    )
+
+
+def model_card(settings, model_args, data_args, training_args, facts, metrics):
+    """Return a model card: YAML metadata, then in Markdown the model, its data, results, arguments and versions."""
+    name = repository_name(training_args).split("/")[-1]
+    base = model_args.model_name_or_path
+    start = f"fine-tuned from `{without_folder(base)}`" if base else "trained from scratch"
+    results = {
+        **{key: metrics[key] for key in CARD_RESULTS.values() if key in metrics},
+        "train_loss": metrics["train_loss"],
+    }
+    rows = [(key, f"{value:.4g}") for key, value in results.items()]
+    versions = [("python", sys.version.split()[0])] + [(name, importlib.metadata.version(name)) for name in LIBRARIES]
+    sources = {"data set": data_args.dataset_name}
+    for split in ("train", "validation"):
+        files = None if data_args.dataset_name else getattr(data_args, f"{split}_file")
+        sources[f"{split} file"] = ", ".join(map(without_folder, listed(files or [])))
+    data = [(fact, value) for fact, value in {**sources, **facts}.items() if value]
+    parts = [
+        f"---\n{card_metadata(name, model_args, data_args, metrics).to_yaml()}\n---",
+        f"# {name}",
+        f"A masked language model, {start}: it fills in masked words.",
+        "## Data",
+        markdown_table(["", ""], data),
+        "## Results",
+        markdown_table(["metric", "value"], rows),
+        "Loss, accuracy and perplexity are those of the masked tokens of the validation data.",
+        "## Arguments",
+        f"Those that were given; `{os.path.basename(__file__)}` takes them again as a JSON file.",
+        f"```json\n{json.dumps(settings, indent=2)}\n```",
+        "## Versions",
+        markdown_table(["library", "version"], versions),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_card(folder, card):
+    """Write `README.md`, unless there is one that is not as a run wrote it: that is kept, with a warning."""
+    path = os.path.join(folder, "README.md")
+    if os.path.exists(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            text, _, checksum = file.read().partition(CARD_MARK)
+        if checksum != card_checksum(text):
+            logger.warning(f"{path} is kept as it is: no run wrote it, or it was changed since.")
+            return
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(card + CARD_MARK + card_checksum(card))
+    os.replace(f"{path}.tmp", path)
+
+
+def card_checksum(text):
+    """Return what ends a card of a run: the text's checksum."""
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:16]} -->\n"
+
+
+def repository_name(training_args):
+    """Return the name of the hub repository, with or without its owner."""
+    return training_args.hub_model_id or os.path.basename(os.path.abspath(training_args.output_dir))
+
+
+def create_repository(training_args):
+    """Make the hub repository if there is none and return its full name; raises `UserError` if that fails."""
+    name, api = repository_name(training_args), HfApi(token=training_args.hub_token)
+    with user_errors(f"--push_to_hub: {name}", REPOSITORY_FIX):
+        return api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True).repo_id
+
+
+def publish_model(argv, model_args, data_args, training_args, facts, metrics):
+    """Write the model card after a training and, with `--push_to_hub`, upload all that the run wrote but checkpoints.
+
+    Raises `UserError` if the upload fails: all is saved in `output_dir` by then.
+    """
+    if not (training_args.do_train and training_args.writes_results):
+        return
+    folder, name = training_args.output_dir, repository_name(training_args)
+    write_card(folder, model_card(given_settings(argv), model_args, data_args, training_args, facts, metrics))
+    if training_args.push_to_hub:
+        fix = f"the model is saved in {folder}: `hf upload {name} {folder} --exclude 'checkpoint-*'` uploads it later"
+        with user_errors(f"--push_to_hub: {name}", fix):
+            api = HfApi(token=training_args.hub_token)
+            name = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True).repo_id
+            message = "Masked language model, trained"
+            api.upload_folder(
+                repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=list(NOT_PUSHED)
+            )
+        logger.info(f"Uploaded to {constants.ENDPOINT}/{name}.")
 
 
 def training_order(run):
@@ -2562,6 +2786,7 @@ def train(run, checkpoint):
     batches = prefetch(
         lambda keys: run.device_batch(dataset, keys, args.train_batch_size, args.gradient_accumulation_steps), steps
     )
+    run.start_clock()
     with StopSignals() as signals:
         for batch in tqdm(batches, "Training", run.num_steps, initial=run.step, disable=not args.should_log):
             loss, optimizer, dropout_rngs = step_fn(optimizer, batch, dropout_rngs)
@@ -2577,6 +2802,7 @@ def train(run, checkpoint):
             if signals.received or is_due(run, args.save_strategy, args.save_steps):
                 check_losses(run, losses[-1:], run.step)
                 save_checkpoint(run, optimizer, dropout_rngs)
+                run.start_clock()
             if signals.received:
                 logger.info(f"Stopped by signal {signals.received}; the checkpoint of step {run.step} is saved.")
                 raise SystemExit(128 + signals.received)
@@ -2621,7 +2847,11 @@ def log_training(run, losses, optimizer):
     check_losses(run, losses, run.step)
     values = [float(loss[0]) for loss in jax.device_get(losses)]
     logs = {"loss": sum(values) / len(values), "grad_norm": float(optimizer.grad_norm[0])}
-    run.log({**logs, "learning_rate": float(run.schedule(run.step - 1))})
+    logs["learning_rate"] = float(run.schedule(run.step - 1))
+    dataset, (step, start) = run.tokenized["train"], run.clock
+    tokens = dataset.num_tokens / len(dataset) * run.args.step_samples
+    run.log({**logs, "tokens_per_second": tokens * (run.step - step) / (time.perf_counter() - start)})
+    run.start_clock()
     return sum(values)
 
 
@@ -2648,6 +2878,12 @@ def evaluate(run, params):
         metrics["epoch"] = run.step / run.steps_per_epoch
     metrics["eval_samples"] = len(dataset)
     metrics["eval_tokens_per_second"] = round(metrics["eval_samples_per_second"] * dataset.num_tokens / len(dataset))
+    if run.args.should_log:
+        guesses = guess(run, params)
+        run.writer.text("eval/guesses", guesses_table(guesses), run.step)
+        if not run.args.do_train or run.step == run.num_steps:
+            log_guesses(guesses)
+    run.start_clock()
     return metrics
 
 
@@ -2713,13 +2949,13 @@ def trainer_state(run):
     }
 
 
-def show_guesses(run, params):
-    """Log a few validation sentences with one mask each and the model's guesses."""
+def guess(run, params):
+    """Return the model's `best_guesses` for a few validation sentences with one mask each."""
     sentences = masked_sentences(run.tokenized["validation"], run.tokenizer, run.collator)
     batch = {name: sentences[name] for name in ("input_ids", "attention_mask")}
-    logits = jax.jit(run.apply_fn)(jax_utils.unreplicate(params), batch)
+    logits = run.forward(jax_utils.unreplicate(params), batch)
     picked = logits[np.arange(len(logits)), sentences["positions"]]
-    log_guesses(run.tokenizer, sentences, np.asarray(picked, np.float32))
+    return best_guesses(run.tokenizer, sentences, np.asarray(picked, np.float32))
 
 
 def summarize(run):
@@ -2757,7 +2993,7 @@ def main(argv=None):
         raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
         tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
         padding = batch_padding(data_args, training_args, max_seq_length)
-        log_summary("Data", data_summary(tokenized, tokenizer, padding))
+        facts = log_summary("Data", data_summary(tokenized, tokenizer, padding))
         check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args)
         if not (training_args.do_train or training_args.do_eval):
             logger.info("Tokenized and cached. Nothing was trained or evaluated: see --do_train and --do_eval.")
@@ -2778,8 +3014,8 @@ def main(argv=None):
             eval_metrics = evaluate(run, params)
             save_results(run, "eval", eval_metrics)
             metrics |= eval_metrics
-            show_guesses(run, params)
         run.writer.close()
+        publish_model(argv, model_args, data_args, training_args, facts, metrics)
         return metrics
 
 

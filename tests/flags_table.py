@@ -29,7 +29,7 @@ TRAINER_FLAGS = {
     "metric_for_best_model": "What is best: `loss` or `accuracy` of the evaluation.",
     "report_to": "Where to log: `tensorboard`, `wandb`, `none`, … (default: all that are installed).",
     "run_name": "Name of the run in those logs.",
-    "push_to_hub": "Upload the model to the hub.",
+    "hub_strategy": "When to upload with `--push_to_hub`: `end`, `every_save`, `checkpoint` or `all_checkpoints`.",
 }
 # What the help of one script cannot say about the other.
 NOTES = {"lr_scheduler_type": "Factors are for Flax alone; PyTorch takes all schedules of the Trainer."}

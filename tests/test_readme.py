@@ -12,7 +12,7 @@ from conftest import ROOT, SCRIPTS, read_json
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Flags of other programs that README shows.
 FOREIGN_FLAGS = {"help", "write", "nproc_per_node", "shape", "rounds", "steps", "warm_up", "backend"}
-FOREIGN_FLAGS |= {"num_cores", "config_file"}
+FOREIGN_FLAGS |= {"num_cores", "config_file", "logdir"}
 # The usage examples of the documented scripts, and the files that hold the same settings.
 DOCUMENTED = {
     "bert_wikitext": (
@@ -88,6 +88,7 @@ def test_every_file_in_readme_exists():
 
 def test_every_command_in_readme_parses(monkeypatch):
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("HF_TOKEN", "hf_any")
     commands = readme_commands()
     assert len(commands) > 10
     for script, argv in commands:

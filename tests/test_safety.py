@@ -116,13 +116,12 @@ def test_no_token_is_written(script, model_folder, text_files, tmp_path, capfd, 
     secrets = {name: secret for name, secret in SECRETS.items() if name in script.argument_names()}
     assert "token" in secrets
     monkeypatch.setenv("HF_TOKEN", "hf_fourthsecret")
-    if script is run_mlm:  # What `push_to_hub` would upload.
-        monkeypatch.setattr(script, "show_guesses", lambda trainer, tokenizer: trainer.create_model_card())
     report = {"report_to": "tensorboard"} if script is run_mlm else {}
     output = tmp_path / "output"
     script.main(short_run(model_folder, text_files, output, do_eval=True, logging_steps=1, **secrets, **report))
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any("events" in path.name for path in written)
+    assert any(path.name == "README.md" for path in written)
     printed = capfd.readouterr()
     contents = [path.read_bytes() for path in written] + [printed.out.encode(), printed.err.encode()]
     for secret in [*secrets.values(), "hf_fourthsecret"]:

@@ -9,7 +9,7 @@ from conftest import ROOT, SCRIPTS
 SHARED_SECTIONS = ("3. Arguments", "4. Data", "5. Masking")
 # Names of both scripts that stand for different code in each: the framework's part.
 DIFFERENT = {
-    *("MODEL_TYPES", "LINE_BY_LINE_DEFAULT", "FOREIGN_FILE"),
+    *("MODEL_TYPES", "LIBRARIES", "LINE_BY_LINE_DEFAULT", "FOREIGN_FILE"),
     *("TrainingArguments", "foreign_argument_names"),
     *("load_model", "resize_vocabulary"),
     *("epoch_permutation", "labelled_logits"),
@@ -21,7 +21,7 @@ DIFFERENT = {
         "save_model",
         "batch_padding",
         "save_results",
-        "show_guesses",
+        "guess",
         "summarize",
         "main",
     ),

@@ -1,0 +1,238 @@
+"""Both scripts upload what they made to a stand-in of the hub, through the real client; a mistake loses nothing."""
+
+import hashlib
+import http.server
+import json
+import re
+import threading
+from base64 import b64decode
+
+import pytest
+from conftest import SCRIPTS, flags, run_script
+from test_safety import error_line
+
+import run_mlm
+
+TOKEN = "hf_uploadsecret"
+
+
+class Hub(http.server.ThreadingHTTPServer):
+    """A hub of one user: keeps files of repositories, the tokens it was shown, and refuses what `refused` matches."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.files, self.large, self.created = {}, {}, []
+        self.tokens, self.messages = set(), []
+        self.refused = None
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    """One answer of the hub."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        """Log nothing."""
+
+    def reply(self, content, status=200):
+        """Send JSON."""
+        body = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body if self.command != "HEAD" else b"")
+
+    def do_HEAD(self):
+        self.reply({})
+
+    def do_GET(self):
+        self.reply({"name": "me"})
+
+    def do_PUT(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        oid = self.path.rsplit("/", 1)[1]
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.server.large[oid] = body
+        self.reply({})
+
+    def do_POST(self):
+        hub, body = self.server, self.rfile.read(int(self.headers["Content-Length"]))
+        path = self.path.split("?")[0]
+        hub.tokens.add(self.headers["Authorization"])
+        if hub.refused and re.search(hub.refused, path):
+            self.reply({"error": "You have no right to write here"}, 403)
+        elif path == "/api/repos/create":
+            hub.created.append(json.loads(body))
+            owner = hub.created[-1].get("organization") or "me"
+            self.reply({"url": f"{hub.endpoint}/{owner}/{hub.created[-1]['name']}"})
+        elif path == "/api/validate-yaml":
+            self.reply({"errors": [], "warnings": []})
+        elif "/preupload/" in path:
+            sort = {True: "lfs", False: "regular"}
+            files = [(item["path"], item["path"].endswith(".safetensors")) for item in json.loads(body)["files"]]
+            files = [{"path": name, "uploadMode": sort[large], "shouldIgnore": False} for name, large in files]
+            self.reply({"files": files})
+        elif path.endswith("/info/lfs/objects/batch"):
+            links = [
+                {**item, "actions": {"upload": {"href": f"{hub.endpoint}/lfs/{item['oid']}"}}}
+                for item in json.loads(body)["objects"]
+            ]
+            self.reply({"transfer": "basic", "objects": links})
+        elif "/commit/" in path:
+            repository = path.split("/api/models/")[1].split("/commit/")[0]
+            self.commit(repository, [json.loads(line) for line in body.splitlines()])
+            self.reply({"commitUrl": f"{hub.endpoint}/{repository}/commit/1", "commitOid": "1", "pullRequestUrl": None})
+        else:
+            self.reply({"error": path}, 404)
+
+    def commit(self, repository, lines):
+        """Keep the files of a commit."""
+        files = self.server.files.setdefault(repository, {})
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "header":
+                self.server.messages.append(value["summary"])
+            elif line["key"] == "file":
+                files[value["path"]] = b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.server.large[value["oid"]]
+
+
+@pytest.fixture
+def hub():
+    """A running stand-in."""
+    with Hub() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def push(hub, model_folder, text_files, tmp_path):
+    """Run a script that pushes, as a program: `push(name, **flags)` returns the process."""
+
+    def run(name, environment=(), **changes):
+        settings = {"model_name_or_path": model_folder, "output_dir": tmp_path / "my-model", "do_train": True}
+        settings |= {"max_steps": 2, "save_steps": 1, "max_seq_length": 16, "line_by_line": "true", **text_files}
+        settings |= {"push_to_hub": True, "hub_token": TOKEN, "logging_steps": 1}
+        settings = {name: value for name, value in (settings | changes).items() if value is not None}
+        variables = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        variables |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "", **dict(environment)}
+        return run_script(name, flags(**settings), **variables)
+
+    return run
+
+
+def check_error(done, words):
+    """Check that a process ended with the status of a mistake, and its error is one line, the last, with the words."""
+    assert done.returncode == 2, done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("error: "), done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in line
+
+
+def written_files(folder):
+    """Return {path: bytes} of the files that belong on the hub."""
+    paths = [
+        path for path in folder.rglob("*") if path.is_file() and "checkpoint-" not in str(path.relative_to(folder))
+    ]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_hub_gets_what_the_run_wrote(hub, push, name, tmp_path):
+    folder, named = tmp_path / "my-model", {"hub_model_id": "group/named", "hub_private_repo": "true", "do_eval": True}
+    hub.refused = "/commit/"
+    first = push(name, **named)
+    check_error(first, ["--push_to_hub: group/named", str(folder), "hf upload"])
+    weights = (folder / "model.safetensors").read_bytes()
+    assert {"config.json", "README.md", "all_results.json"} <= written_files(folder).keys()
+    assert hub.files == {}
+    # The same command again, with nothing left to train; this time the token is in the environment.
+    hub.refused = None
+    again = push(name, {"HF_TOKEN": TOKEN}, hub_token=None, **named)
+    assert again.returncode == 0, again.stderr
+    assert f"Uploaded to {hub.endpoint}/group/named" in again.stdout
+    (files,) = hub.files.values()
+    assert set(hub.files) == {"group/named"}
+    assert files == written_files(folder)
+    assert files["model.safetensors"] == weights
+    assert {"model.safetensors", "config.json", "README.md", "tokenizer.json", "all_results.json"} <= files.keys()
+    assert any("events" in path for path in files)
+    assert set(hub.large.values()) == {weights}
+    assert b"# named\n" in files["README.md"]
+    assert hub.created[0]["private"] is True
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    everything += [text.encode() for done in (first, again) for text in (done.stdout, done.stderr)]
+    assert not any(TOKEN.encode() in content for content in everything)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_refused_repository_is_found_before_training(hub, push, name, tmp_path):
+    hub.refused = "/repos/create"
+    check_error(push(name), ["--push_to_hub: my-model", "--hub_model_id"])
+    assert not (tmp_path / "my-model").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"hub_model_id": "two words"}], ids=["offline", "name"])
+def test_a_repository_that_cannot_be_is_found_before_training(
+    script, model_folder, text_files, tmp_path, capfd, changes
+):
+    arguments = push_flags(tmp_path, model_name_or_path=model_folder, hub_token=TOKEN, **text_files | changes)
+    line = error_line(script, [*arguments, "--line_by_line", "true"], capfd)
+    assert "--push_to_hub: " in line
+    assert "--hub_model_id" in line
+    assert not (tmp_path / "o").exists()
+
+
+def test_the_trainers_own_strategy_uploads_whole_checkpoints(hub, push, tmp_path):
+    done = push("run_mlm", hub_strategy="all_checkpoints", hub_always_push=True)
+    assert done.returncode == 0, done.stderr
+    files = hub.files["me/my-model"]
+    folder = tmp_path / "my-model"
+    for path in (folder / "checkpoint-1").iterdir():
+        assert files[f"checkpoint-1/{path.name}"] == path.read_bytes()
+    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert files["README.md"] == (folder / "README.md").read_bytes()
+    assert not any(".unfinished" in path for path in files)
+    assert "Training in progress, step 1" in hub.messages
+
+
+def push_flags(tmp_path, **changes):
+    """Return flags of an upload, of files that are never read."""
+    settings = {"model_name_or_path": "m", "train_file": "t.txt", "output_dir": tmp_path / "o", "do_train": True}
+    return flags(**settings | {"push_to_hub": True} | changes)
+
+
+def test_no_token_is_found_at_once(script, tmp_path, capfd, monkeypatch):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    assert "there is no hub token" in error_line(script, push_flags(tmp_path), capfd)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert script.parse_args(push_flags(tmp_path))[2].push_to_hub
+    monkeypatch.delenv("HF_TOKEN")
+    assert script.parse_args(push_flags(tmp_path, hub_token=TOKEN))[2].push_to_hub
+
+
+def test_an_upload_needs_a_training(script, tmp_path, capfd):
+    line = error_line(script, push_flags(tmp_path, hub_token=TOKEN, do_train="false", do_eval=True), capfd)
+    assert "--do_train" in line
+
+
+def test_a_repository_name_alone_uploads_nothing(script, model_folder, text_files, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "HfApi", None)
+    arguments = flags(model_name_or_path=model_folder, output_dir=tmp_path / "o", do_train=True, max_steps=1)
+    script.main(arguments + flags(hub_model_id="me/named", max_seq_length=16, line_by_line="true", **text_files))
+    assert (tmp_path / "o" / "README.md").read_text().count("# named\n") == 1
+
+
+def test_an_unknown_strategy_is_one_line(tmp_path, capfd):
+    line = error_line(run_mlm, push_flags(tmp_path, hub_token=TOKEN, hub_strategy="never"), capfd)
+    assert "--hub_strategy" in line
