@@ -28,7 +28,11 @@ class Tokenizer:
     """What the collator asks of a tokenizer."""
 
     mask_token, mask_token_id, pad_token_id, padding_side = "[MASK]", 4, 0, "right"
-    all_special_ids = [0, 1, 2, 3, 4]
+
+    @property
+    def all_special_ids(self):
+        """Return the ids that are never chosen."""
+        return [0, 1, 2, 3, 4]
 
     def __len__(self):
         return VOCABULARY
