@@ -1606,18 +1606,18 @@ def last_attention_output(model):
 
 
 @contextlib.contextmanager
-def labelled_positions_only(model, labelled, selection):
-    """Within, `model` goes on with its hidden states at the labelled positions: [1, K, H], `labelled: bool [B, L]`.
+def labelled_positions_only(model, positions, selection):
+    """Within, `model` goes on with its hidden states at the labelled `positions: [K]` (flat in [B * L]): [1, K, H].
 
     From the last attention ("layer") or from the end of the encoder ("encoder") on: the model's own head computes
     K rows of logits instead of B * L.
     """
 
     def select_inputs(module, inputs):
-        return tuple(hidden[labelled][None] for hidden in inputs)
+        return tuple(hidden.flatten(0, 1)[positions][None] for hidden in inputs)
 
     def select_outputs(module, inputs, output):
-        hidden = output[0][labelled][None]
+        hidden = output[0].flatten(0, 1)[positions][None]
         if isinstance(output, tuple):
             return hidden, *output[1:]
         output["last_hidden_state"] = hidden
@@ -1842,15 +1842,17 @@ class MaskedLMTrainer(Trainer):
     def labelled_logits(self, model, inputs):
         """Return (logits [K, V], labels [K]) at the positions that have a label."""
         labels = inputs["labels"]
-        labelled = labels != IGNORED_LABEL
+        positions = (labels.flatten() != IGNORED_LABEL).nonzero()[:, 0]
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
         unwrapped = self.accelerator.unwrap_model(model)
         if self.selection is None:
             if unwrapped.config.is_encoder_decoder:
                 inputs["labels"] = labels  # The decoder's inputs are made from them.
-            return model(**inputs).logits[labelled], labels[labelled]
-        with labelled_positions_only(unwrapped, labelled, self.selection):
-            return model(**inputs).logits[0], labels[labelled]
+            return model(**inputs).logits.flatten(0, 1)[positions], labels.flatten()[positions]
+        if self.args.torch_compile:
+            torch._dynamo.maybe_mark_dynamic(positions, 0)  # Or the second K compiles the model anew.
+        with labelled_positions_only(unwrapped, positions, self.selection):
+            return model(**inputs).logits[0], labels.flatten()[positions]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the sum of the losses divided by the number of masked tokens in the step; 0 where there are none."""
@@ -1944,7 +1946,7 @@ def find_selection(model, dataset, collator):
     batch["labels"] = batch["input_ids"].where(torch.arange(batch["input_ids"].shape[1]) % 2 == 1, IGNORED_LABEL)
     batch = {name: value.to(model.device) for name, value in batch.items()}
     labels = batch.pop("labels")
-    labelled = labels != IGNORED_LABEL
+    positions = (labels.flatten() != IGNORED_LABEL).nonzero()[:, 0]
     was_training = model.training
     model.eval()
     found = None
@@ -1952,8 +1954,8 @@ def find_selection(model, dataset, collator):
         dense = model(**batch, labels=labels).loss
         for selection in ("encoder", "layer") if last_attention_output(model) else ("encoder",):
             try:
-                with labelled_positions_only(model, labelled, selection):
-                    if torch.allclose(dense, cross_entropy(model(**batch).logits[0], labels[labelled]), rtol=1e-3):
+                with labelled_positions_only(model, positions, selection):
+                    if torch.allclose(dense, cross_entropy(model(**batch).logits[0], labels[0, positions]), rtol=1e-3):
                         found = selection
             except (RuntimeError, ValueError, IndexError):
                 break

@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._dynamo
 from conftest import flags, make_model, read_json, sentences, write_lines
 
 import run_mlm
@@ -97,3 +98,26 @@ def compilations():
     torch._dynamo.utils.counters.clear()
     yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     torch._dynamo.reset()
+
+
+# Of the compiler itself, and of what it imports.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.parametrize("model_type", ["bert", "distilbert"])
+def test_torch_compile(train, compilations, model_type):
+    # The short batch at the end of an epoch would be another shape.
+    plain, plain_counts = train("plain", model_type, dataloader_drop_last=True)
+    graphs = []
+    training_step = run_mlm.MaskedLMTrainer.training_step
+
+    def record(*args, **kwargs):
+        loss = training_step(*args, **kwargs)
+        graphs.append(compilations())
+        return loss
+
+    options = {"dataloader_drop_last": True, "torch_compile_backend": "aot_eager"}
+    with mock.patch.object(run_mlm.MaskedLMTrainer, "training_step", record):
+        # The same tracing as of the default backend, whose code a C++ compiler makes in a minute.
+        compiled, counts = train("compiled", model_type, **options)
+    assert counts == plain_counts and len(set(counts)) > 3
+    assert_same(compiled, plain, rel=1e-4)
+    assert graphs == [1] * STEPS  # The whole model is one graph, whatever the number of labels.
