@@ -2235,19 +2235,19 @@ def in_step(batches, signals=None):
         return
     largest = jax.pmap(lambda values: lax.pmax(values, "batch"), "batch")
     agreements = deque()
-
-    def next_in_line():
-        batch, agreed = agreements.popleft()
-        slots, received = jax.device_get(agreed)[0].tolist()
-        return widen(batch, slots), types.SimpleNamespace(received=received)
-
     for batch in batches:
         own = [batch["labels"].shape[-1], (signals and signals.received) or 0]
         agreements.append((batch, largest(np.tile(np.int32(own), (jax.local_device_count(), 1)))))
         if len(agreements) > 1:
-            yield next_in_line()
+            yield as_agreed(*agreements.popleft())
     while agreements:
-        yield next_in_line()
+        yield as_agreed(*agreements.popleft())
+
+
+def as_agreed(batch, largest):
+    """Return (batch, signals) with the largest K and signal of all processes: int32 [D, 2]."""
+    slots, received = jax.device_get(largest)[0].tolist()
+    return widen(batch, slots), types.SimpleNamespace(received=received)
 
 
 def widen(batch, slots):
@@ -2766,14 +2766,15 @@ def read_checkpoint(checkpoint, template):
     return params, opt_state, keys
 
 
+def resumed_place(dataset, checkpoint):
+    """Make a stream begin where a checkpoint left it and return that place, None for another data set."""
+    resume_stream(dataset, checkpoint)
+    return [dataset.first, dataset.states] if isinstance(dataset, StreamedDataset) else None
+
+
 def resume_stream_everywhere(dataset, checkpoint):
     """Make a stream begin, in all processes, where a checkpoint that process 0 reads left it."""
-
-    def resume():
-        resume_stream(dataset, checkpoint)
-        return [dataset.first, dataset.states] if isinstance(dataset, StreamedDataset) else None
-
-    place = from_first_process(resume)
+    place = from_first_process(resumed_place, dataset, checkpoint)
     if place:
         dataset.first, dataset.states = place
 
@@ -2909,14 +2910,15 @@ def write_model(run, params, folder):
 
 
 def save_model(run, params):
+    """Have process 0 write model and tokenizer to the output folder."""
+    from_first_process(write_final_model, run, params)
+
+
+def write_final_model(run, params):
     """Write model and tokenizer to the output folder, each file renamed into place when it is whole."""
-
-    def write():
-        with staging(run.args.output_dir) as folder:
-            write_model(run, params, os.path.join(folder, "model"))
-            publish_files(os.path.join(folder, "model"), run.args.output_dir)
-
-    from_first_process(write)
+    with staging(run.args.output_dir) as folder:
+        write_model(run, params, os.path.join(folder, "model"))
+        publish_files(os.path.join(folder, "model"), run.args.output_dir)
 
 
 def save_checkpoint(run, optimizer, dropout_rngs):
