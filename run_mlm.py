@@ -363,7 +363,7 @@ def argument_names():
 
 def foreign_argument_names():
     """Return the names of the arguments that `run_mlm_flax.py` alone reads."""
-    return []
+    return ["coordinator_address", "num_processes", "process_id"]
 
 
 def read_json_config(path):

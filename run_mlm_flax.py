@@ -19,6 +19,7 @@ A accumulated micro-batches, D devices.
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Imports and constants
 # ---------------------------------------------------------------------------------------------------------------------
+import atexit
 import contextlib
 import copy
 import difflib
@@ -36,9 +37,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
+import types
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +71,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import EvalResult, HfApi, ModelCardData, constants, get_token
 from huggingface_hub import utils as hub_utils
 from jax import lax
+from jax.experimental import multihost_utils
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
@@ -82,6 +87,7 @@ from transformers import (
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import check_min_version
+from transformers.utils import logging as transformers_logging
 from transformers.utils.versions import require_version
 
 try:
@@ -133,6 +139,9 @@ STREAM_STATE = "stream_state.json"  # In a checkpoint: where the stream was.
 STREAM_BATCH = 256  # Texts of a stream tokenized together: enough for all cores, few enough for long texts.
 STREAMED_VALIDATION = 1000  # Texts taken from a stream without a validation split.
 PROBED_SAMPLES = 200_000  # Enough to expect the padding of more.
+CONNECT_SECONDS = 300  # How long a process waits for the others at the start,
+DISCONNECT_SECONDS = 60  # and for those that do not end with it.
+MESSAGE_BYTES = 2000  # Of an error that one process tells the others.
 LENGTH_WINDOW = 50  # Batches sorted by length together: enough for like lengths, few enough to stay random.
 # What TensorBoard compares runs by.
 HYPERPARAMETERS = (
@@ -318,6 +327,13 @@ class TrainingArguments:
     hub_private_repo: Optional[bool] = HfArg(
         default=None, help="Make a new repository private (default: as its owner's settings say)."
     )
+    coordinator_address: Optional[str] = HfArg(
+        default=None, help="Of a run in several processes: host:port, where process 0 is the host."
+    )
+    num_processes: Optional[int] = HfArg(
+        default=None, help="How many processes the run has; 1 does not look for a cluster in the environment."
+    )
+    process_id: Optional[int] = HfArg(default=None, help="Which one this is, from 0.")
     debug: bool = HfArg(default=False, help="Show the traceback of an error.")
 
     def __post_init__(self):
@@ -327,6 +343,21 @@ class TrainingArguments:
                 raise ValueError(f"--{name} {getattr(self, name)} must be no, steps or epoch")
         if self.lr_scheduler_type not in SCHEDULES:
             create_learning_rate_scheduler(self.lr_scheduler_type)  # Raises a ValueError that names the wrong factor.
+        self.check_processes()
+
+    def check_processes(self):
+        """Raise `ValueError` where the flags of several processes do not go together."""
+        if self.num_processes is not None and self.num_processes < 1:
+            raise ValueError(f"--num_processes {self.num_processes} must be above 0")
+        given = self.coordinator_address, self.num_processes, self.process_id
+        if given == (None, 1, None) or given == (None, None, None):
+            return
+        if None in given:
+            raise ValueError("--coordinator_address, --num_processes and --process_id go together; give all of them")
+        if not re.fullmatch(r"\S+:\d+", self.coordinator_address):
+            raise ValueError(f"--coordinator_address {self.coordinator_address} must be host:port")
+        if not 0 <= self.process_id < self.num_processes:
+            raise ValueError(f"--process_id {self.process_id} must be from 0 to {self.num_processes - 1}")
 
     @property
     def should_log(self):
@@ -2074,14 +2105,19 @@ class Run:
             tqdm.write(str(logs))
 
     def device_batch(self, dataset, keys, rows, accumulation=1):
-        """Return the batch of samples `keys` as arrays [D, (A,) B, L], missing samples repeated without labels."""
-        samples = [dataset[key] for key in keys]
-        longest = max(len(sample["input_ids"]) for sample in samples)
+        """Return this process's part of the batch of samples `keys` as arrays [D, (A,) B, L], D its own devices.
+
+        A missing sample is the first one without labels. The lengths of all samples decide L, in each process alike.
+        """
+        places = np.arange(rows * accumulation * jax.device_count())
+        own = places.reshape(accumulation, jax.process_count(), -1)[:, jax.process_index()].ravel()
+        samples = [dataset[keys[i] if i < len(keys) else keys[0]] for i in own.tolist()]
+        if isinstance(dataset, StreamedDataset):
+            longest = max(len(key["input_ids"]) for key in keys)
+        else:
+            longest = int(dataset.lengths[np.asarray(keys) % len(dataset)].max())
         batch = self.collator(samples, pad_to_length=self.padded_length(longest))
-        missing = rows * accumulation * jax.local_device_count() - len(samples)
-        if missing:
-            batch = {name: np.concatenate([array, np.repeat(array[:1], missing, 0)]) for name, array in batch.items()}
-            batch["labels"][len(samples) :] = IGNORED_LABEL
+        batch["labels"][own >= len(keys)] = IGNORED_LABEL
         batch = {name: array.reshape(accumulation, -1, rows, array.shape[-1]) for name, array in batch.items()}
         batch = {name: array.swapaxes(0, 1) if accumulation > 1 else array[0] for name, array in batch.items()}
         if self.selection:
@@ -2132,6 +2168,171 @@ def check_devices():
     """Raise `UserError` where the devices that JAX is told to use are not there."""
     with user_errors(f"JAX_PLATFORMS {os.environ.get('JAX_PLATFORMS', '')}"):
         jax.devices()
+    if jax.device_count() != jax.process_count() * jax.local_device_count():
+        raise UserError(
+            f"this process has {jax.local_device_count()} of {jax.device_count()} devices in {jax.process_count()} "
+            "processes: all need as many; see CUDA_VISIBLE_DEVICES or JAX_LOCAL_DEVICE_IDS"
+        )
+
+
+def connect_processes(data_args, training_args):
+    """Join the other processes of the run, where there are any: as the flags say, or as JAX finds in the environment.
+
+    Raises `UserError` where they are not there in time. To be called before JAX starts a device.
+    """
+    args, found = training_args, {}
+    flags = {name: getattr(args, name) for name in ("coordinator_address", "num_processes", "process_id")}
+    if args.coordinator_address:
+        found = {**flags, "cluster_detection_method": "deactivate"}
+    # In a pod that is no part of an indexed job, JAX would ask Kubernetes for what is not there.
+    pod = "KUBERNETES_SERVICE_HOST" in os.environ and "JOB_COMPLETION_INDEX" not in os.environ
+    if jax.distributed.is_initialized() or (not found and (args.num_processes == 1 or pod)):
+        return
+    jax.config.update("jax_enable_preemption_service", False)  # It would take SIGTERM from `StopSignals`.
+    if args.process_id:
+        await_coordinator(args.coordinator_address)
+    timeouts = {"initialization_timeout": CONNECT_SECONDS, "shutdown_timeout_seconds": DISCONNECT_SECONDS}
+    try:
+        jax.distributed.initialize(**found, **timeouts)
+    except (ValueError, RuntimeError) as error:
+        # No cluster; or no first run in this interpreter.
+        alone = "coordinator_address should" in str(error) or "must be called before" in str(error)
+        if found or not alone:
+            place = f"--coordinator_address {args.coordinator_address}" if found else "the cluster JAX found"
+            raise UserError(
+                f"{place}: {error}; start all processes within {CONNECT_SECONDS} s, or give --num_processes 1 to one"
+            ) from error
+    if jax.distributed.is_initialized() and data_args.preprocessing_num_workers:
+        raise UserError("--preprocessing_num_workers does not work in several processes; tokenize in a run before")
+
+
+def await_coordinator(address):
+    """Wait until process 0 listens, or raise `UserError`: JAX itself would crash."""
+    host, port = address.rsplit(":", 1)
+    end = time.monotonic() + CONNECT_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+            return
+        except (OSError, OverflowError, UnicodeError) as error:
+            if time.monotonic() > end:
+                raise UserError(
+                    f"--coordinator_address {address} cannot be reached for {CONNECT_SECONDS} s ({error}); start "
+                    "process 0 there, and let its port through"
+                ) from error
+            time.sleep(1)
+
+
+class SharedError(UserError):
+    """A mistake that all processes know of."""
+
+
+def fail_together(message=""):
+    """Wait for all processes; where one of them brings a message, raise it as a `SharedError` in all."""
+    if not jax.distributed.is_initialized():
+        return
+    text = np.zeros(MESSAGE_BYTES, np.uint8)
+    content = message.encode()[:MESSAGE_BYTES]
+    text[: len(content)] = list(content)
+    texts = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in multihost_utils.process_allgather(text)]
+    if any(texts):
+        raise SharedError(next(filter(None, texts)))
+
+
+@contextlib.contextmanager
+def failing_together():
+    """Within, a `UserError` in one process is raised in all at their next `fail_together`; they end it together.
+
+    After any other error this process ends without waiting for the others, which then end too.
+    """
+    try:
+        yield
+    except (SharedError, SystemExit):
+        raise
+    except UserError as error:
+        fail_together(str(error))
+        raise
+    except BaseException:
+        if jax.distributed.is_initialized():
+            atexit.register(leave)
+        raise
+    fail_together()
+
+
+def leave():
+    """End this process at once, with status 1; what it printed is not lost."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def from_first_process(function, *args):
+    """Return what `function` returns in process 0, a JSON value; the others wait and do not call it.
+
+    A `UserError` of it is raised in all.
+    """
+    if not jax.distributed.is_initialized():
+        return function(*args)
+    value = None
+    with failing_together():
+        if jax.process_index() == 0:
+            value = function(*args)
+    content = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    return json.loads(multihost_utils.broadcast_one_to_all(np.resize(content, size)).tobytes())
+
+
+@contextlib.contextmanager
+def in_turn():
+    """Within is process 0 first, then the first process of each other machine, then the others: they find its cache."""
+    turn = 0
+    if jax.distributed.is_initialized():
+        own = jax.process_index()
+        machines = multihost_utils.process_allgather(np.uint32(zlib.crc32(socket.gethostname().encode()))).tolist()
+        turn = 0 if own == 0 else 1 if machines.index(machines[own]) == own else 2
+    for _ in range(turn):
+        fail_together()
+    yield
+    for _ in range(2 - turn):
+        fail_together()
+
+
+def in_step(batches, signals=None):
+    """Yield (batch, signals): in all processes the same K, and in `signals.received` what any of them received.
+
+    Several processes agree on that one step ahead, so that no device waits for it.
+    """
+    if jax.process_count() == 1:
+        yield from ((batch, signals) for batch in batches)
+        return
+    largest = jax.pmap(lambda values: lax.pmax(values, "batch"), "batch")
+    agreements = deque()
+    for batch in batches:
+        own = [batch["labels"].shape[-1], (signals and signals.received) or 0]
+        agreements.append((batch, largest(np.tile(np.int32(own), (jax.local_device_count(), 1)))))
+        if len(agreements) > 1:
+            yield as_agreed(*agreements.popleft())
+    while agreements:
+        yield as_agreed(*agreements.popleft())
+
+
+def as_agreed(batch, largest):
+    """Return (batch, signals) with the largest K and signal of all processes: int32 [D, 2]."""
+    slots, received = jax.device_get(largest)[0].tolist()
+    return widen(batch, slots), types.SimpleNamespace(received=received)
+
+
+def widen(batch, slots):
+    """Return a batch of K labels as one of K = `slots`."""
+    missing = slots - batch["labels"].shape[-1]
+    if not missing:
+        return batch
+    padding = {"positions": 0, "labels": IGNORED_LABEL}
+    wider = {
+        name: np.pad(batch[name], [(0, 0)] * (batch[name].ndim - 1) + [(0, missing)], constant_values=value)
+        for name, value in padding.items()
+    }
+    return {**batch, **wider}
 
 
 def batch_padding(data_args, training_args, max_seq_length):
@@ -2158,13 +2359,13 @@ def build_run(model_args, data_args, training_args, model, tokenizer, tokenized,
     )
     sample = next(dataset for dataset in tokenized.values() if len(dataset))
     with user_errors(f"{model_args.model_flag} fails at the first samples"):
-        selection = None if model_args.dense_head else find_selection(model, sample, collator)
+        selection = None if model_args.dense_head else from_first_process(find_selection, model, sample, collator)
     groups = model_args, data_args, training_args
     arguments = {name: value for group in groups for name, value in vars(group).items() if not name.endswith("token")}
     texts = {"args": json.dumps(arguments, indent=2), "model_config": model.config.to_json_string()}
     log_dir = os.path.join(training_args.output_dir, "logs") if training_args.should_log else None
-    if training_args.push_to_hub and training_args.should_log:
-        create_repository(training_args)
+    if training_args.push_to_hub:
+        from_first_process(create_repository, training_args)
     return Run(
         args=training_args,
         model=model,
@@ -2397,6 +2598,9 @@ def setup_logging(training_args):
     )
     logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
     datasets.logging.set_verbosity(logging.CRITICAL)  # What goes wrong there is raised too.
+    if not training_args.should_log:
+        datasets.disable_progress_bars()
+        transformers_logging.set_verbosity_error()
 
 
 def keep_compiled_code(model_args):
@@ -2405,6 +2609,19 @@ def keep_compiled_code(model_args):
         folder = model_args.cache_dir or datasets.config.HF_CACHE_HOME
         jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def start_process(model_args, data_args, training_args):
+    """Join the other processes of the run, then set up what is this process's own."""
+    connect_processes(data_args, training_args)
+    setup_logging(training_args)
+    keep_compiled_code(model_args)
+
+
+def claim_output_dir(training_args, stack):
+    """Lock the output folder until `stack` is closed; return the checkpoint to resume from, or None to start anew."""
+    stack.enter_context(locked(training_args))
+    return prepare_output_dir(training_args)
 
 
 def check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args):
@@ -2736,27 +2953,64 @@ def take_params(model):
 
 
 def create_training_state(run, checkpoint):
-    """Return (optimizer, dropout_rngs) of the first step, or as the checkpoint has them, on every device."""
+    """Return (optimizer, dropout_rngs) of the first step, or as the checkpoint has them, on every device.
+
+    All processes begin with what process 0 has.
+    """
     params, tx = take_params(run.model), create_optimizer(run.args, run.schedule)
     # Of the kind that XLA draws fastest; the other one costs a tenth of a step.
-    dropout_rngs = jax.random.split(jax.random.key(run.args.seed, impl="rbg"), jax.local_device_count())
+    keys = jax.random.key_data(jax.random.split(jax.random.key(run.args.seed, impl="rbg"), jax.device_count()))
+    state = params, tx.init(params), keys
     if checkpoint:
-        with user_errors(f"the model in {checkpoint}", CHECKPOINT_FIX):
-            params = flax_params(load_file(os.path.join(checkpoint, "model.safetensors")), params)
-    optimizer = Optimizer.create(apply_fn=run.apply_fn, params=params, tx=tx, grad_norm=jnp.zeros(()))
-    if checkpoint:
-        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-            state = json.load(file)
-        run.step = run.first_step = state["global_step"]
-        run.log_history = state["log_history"]
-        path = os.path.join(checkpoint, "optimizer.msgpack")
-        with user_errors(f"the optimizer state in {checkpoint}", CHECKPOINT_FIX), open(path, "rb") as file:
-            saved = serialization.from_bytes((optimizer.opt_state, jax.random.key_data(dropout_rngs)), file.read())
-        optimizer = optimizer.replace(step=run.step, opt_state=saved[0])
-        dropout_rngs = jax.random.wrap_key_data(saved[1], impl="rbg")
+        entries = from_first_process(read_trainer_state, checkpoint)
+        run.step = run.first_step = entries["global_step"]
+        run.log_history = entries["log_history"]
+        states = [state]
+        from_first_process(lambda: states.append(read_checkpoint(checkpoint, state)))
+        state = states[-1]
+    if jax.process_count() > 1:
+        state = multihost_utils.broadcast_one_to_all(state)
+    optimizer = Optimizer(
+        step=run.step, apply_fn=run.apply_fn, params=state[0], tx=tx, opt_state=state[1], grad_norm=jnp.zeros(())
+    )
     optimizer = jax_utils.replicate(optimizer, axis_name="batch")
+    first = jax.process_index() * jax.local_device_count()
+    dropout_rngs = jax.random.wrap_key_data(state[2][first : first + jax.local_device_count()], impl="rbg")
     # Laid out as the step returns them, or its second call would compile anew.
     return optimizer, jax.device_put(dropout_rngs, optimizer.step.sharding)
+
+
+def read_trainer_state(checkpoint):
+    """Return the trainer's state in a checkpoint."""
+    with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def read_checkpoint(checkpoint, template):
+    """Return (parameters, optimizer state, dropout keys of all devices) of a checkpoint, in the trees of `template`."""
+    with user_errors(f"the model in {checkpoint}", CHECKPOINT_FIX):
+        params = flax_params(load_file(os.path.join(checkpoint, "model.safetensors")), template[0])
+    path = os.path.join(checkpoint, "optimizer.msgpack")
+    with user_errors(f"the optimizer state in {checkpoint}", CHECKPOINT_FIX), open(path, "rb") as file:
+        opt_state, keys = serialization.from_bytes(template[1:], file.read())
+    if len(keys) != len(template[2]):
+        raise UserError(
+            f"{checkpoint} is of {len(keys)} devices, and here are {len(template[2])}: resume it on as many"
+        )
+    return params, opt_state, keys
+
+
+def resumed_place(dataset, checkpoint):
+    """Make a stream begin where a checkpoint left it and return that place, None for another data set."""
+    resume_stream(dataset, checkpoint)
+    return [dataset.first, dataset.states] if isinstance(dataset, StreamedDataset) else None
+
+
+def resume_stream_everywhere(dataset, checkpoint):
+    """Make a stream begin, in all processes, where a checkpoint that process 0 reads left it."""
+    place = from_first_process(resumed_place, dataset, checkpoint)
+    if place:
+        dataset.first, dataset.states = place
 
 
 def is_due(run, strategy, interval):
@@ -2771,12 +3025,12 @@ def train(run, checkpoint):
     Exits with status 128 + signal, checkpoint saved, when SIGTERM or SIGINT stops the training.
     """
     args, dataset, start = run.args, run.tokenized["train"], time.time()
-    if checkpoint is None and os.path.isdir(args.output_dir):
+    if checkpoint is None and args.should_log and os.path.isdir(args.output_dir):
         for _, path in list_checkpoints(args.output_dir):
             shutil.rmtree(path)  # --overwrite_output_dir: what is left of another run must not be resumed later.
-    check_steps(checkpoint, run.num_steps)
+    from_first_process(check_steps, checkpoint, run.num_steps)
     if checkpoint:
-        resume_stream(dataset, checkpoint)
+        resume_stream_everywhere(dataset, checkpoint)
     step_fn = jax.pmap(
         functools.partial(training_step, label_smoothing=args.label_smoothing_factor), "batch", donate_argnums=(0, 2)
     )
@@ -2788,24 +3042,25 @@ def train(run, checkpoint):
     )
     run.start_clock()
     with StopSignals() as signals:
-        for batch in tqdm(batches, "Training", run.num_steps, initial=run.step, disable=not args.should_log):
+        batches = tqdm(batches, "Training", run.num_steps, initial=run.step, disable=not args.should_log)
+        for batch, told in in_step(batches, signals):
             loss, optimizer, dropout_rngs = step_fn(optimizer, batch, dropout_rngs)
             check_losses(run, losses[-1:], run.step)  # The step before: the device is busy with this one.
             run.step += 1
-            tokens += batch["input_ids"].size
+            tokens += batch["input_ids"].size * jax.process_count()
             losses.append(loss)
             if run.step % args.logging_steps == 0 or run.step == run.num_steps:
                 total_loss += log_training(run, losses, optimizer)
                 losses.clear()
             if args.do_eval and is_due(run, args.eval_strategy, args.eval_steps) and run.step < run.num_steps:
                 evaluate(run, optimizer.params)
-            if signals.received or is_due(run, args.save_strategy, args.save_steps):
+            if told.received or is_due(run, args.save_strategy, args.save_steps):
                 check_losses(run, losses[-1:], run.step)
                 save_checkpoint(run, optimizer, dropout_rngs)
                 run.start_clock()
-            if signals.received:
-                logger.info(f"Stopped by signal {signals.received}; the checkpoint of step {run.step} is saved.")
-                raise SystemExit(128 + signals.received)
+            if told.received:
+                logger.info(f"Stopped by signal {told.received}; the checkpoint of step {run.step} is saved.")
+                raise SystemExit(128 + told.received)
     save_model(run, optimizer.params)
     return optimizer.params, training_metrics(run, total_loss, tokens, start)
 
@@ -2866,7 +3121,8 @@ def evaluate(run, params):
     batches = generate_batch_splits(np.arange(len(dataset)), rows * jax.device_count(), drop_last=False)
     sums = []
     arrays = prefetch(lambda keys: run.device_batch(dataset, keys, rows), batches)
-    for batch in tqdm(arrays, "Evaluating", len(batches), leave=False, disable=not run.args.should_log):
+    arrays = tqdm(arrays, "Evaluating", len(batches), leave=False, disable=not run.args.should_log)
+    for batch, _ in in_step(arrays):
         sums.append(run.eval_step(params, batch))
     sums = {name: sum(float(part[name][0]) for part in jax.device_get(sums)) for name in sums[0]}
     metrics = mean_metrics(sums["loss"], sums["accuracy"], sums["normalizer"])
@@ -2900,21 +3156,29 @@ def write_model(run, params, folder):
 
 
 def save_model(run, params):
+    """Have process 0 write model and tokenizer to the output folder."""
+    from_first_process(write_final_model, run, params)
+
+
+def write_final_model(run, params):
     """Write model and tokenizer to the output folder, each file renamed into place when it is whole."""
-    if run.args.should_log:
-        with staging(run.args.output_dir) as folder:
-            write_model(run, params, os.path.join(folder, "model"))
-            publish_files(os.path.join(folder, "model"), run.args.output_dir)
+    with staging(run.args.output_dir) as folder:
+        write_model(run, params, os.path.join(folder, "model"))
+        publish_files(os.path.join(folder, "model"), run.args.output_dir)
 
 
 def save_checkpoint(run, optimizer, dropout_rngs):
+    """Have process 0 write `checkpoint-N`, the dropout keys of all processes in it."""
+    keys = multihost_utils.process_allgather(jax.device_get(jax.random.key_data(dropout_rngs)), tiled=True)
+    from_first_process(write_checkpoint, run, optimizer, keys)
+
+
+def write_checkpoint(run, optimizer, keys):
     """Write `checkpoint-N`: the model as an ordinary folder, the optimizer, the dropout keys, the trainer's state."""
-    if not run.args.should_log:
-        return
     with staging(run.args.output_dir) as folder:
         staged = os.path.join(folder, f"checkpoint-{run.step}")
         write_model(run, optimizer.params, staged)
-        state = jax.device_get((jax_utils.unreplicate(optimizer.opt_state), jax.random.key_data(dropout_rngs)))
+        state = jax.device_get((jax_utils.unreplicate(optimizer.opt_state), keys))
         with open(os.path.join(staged, "optimizer.msgpack"), "wb") as file:
             file.write(serialization.to_bytes(state))
         write_json(os.path.join(staged, "trainer_state.json"), trainer_state(run))
@@ -2980,18 +3244,18 @@ def summarize(run):
 def main(argv=None):
     """Run what the arguments ask for and return all metrics."""
     model_args, data_args, training_args = parse_args(argv)
-    setup_logging(training_args)
-    keep_compiled_code(model_args)
-    check_inputs(model_args, data_args)
-    if not data_args.preprocessing_num_workers:
-        check_devices()  # It starts threads, which worker processes must not come after.
-    with locked(training_args):
-        checkpoint = prepare_output_dir(training_args)
+    start_process(model_args, data_args, training_args)
+    with failing_together(), contextlib.ExitStack() as stack:
+        check_inputs(model_args, data_args)
+        if not data_args.preprocessing_num_workers:
+            check_devices()  # It starts threads, which worker processes must not come after.
+        checkpoint = from_first_process(claim_output_dir, training_args, stack)
         config = load_config(model_args)
         tokenizer = load_tokenizer(model_args)
         max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
-        raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
-        tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
+        with in_turn():
+            raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
+            tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
         padding = batch_padding(data_args, training_args, max_seq_length)
         facts = log_summary("Data", data_summary(tokenized, tokenizer, padding))
         check_samples(raw_datasets, tokenized, tokenizer, data_args, training_args)

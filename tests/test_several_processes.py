@@ -1,0 +1,258 @@
+"""run_mlm_flax.py in several processes: 2 with 2 devices each train as 1 with 4 or 1 does, and end together."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, flags, make_model, read_json, sentences, write_lines
+from safetensors.numpy import load_file
+
+import run_mlm_flax
+
+STEPS = 4
+# Counts the samples that a process collates; a file to read from stands for a signal at a step.
+WATCHED = """
+import os, signal, sys
+import run_mlm_flax
+
+collated, mask_sample = [], run_mlm_flax.MaskingCollator.mask_sample
+run_mlm_flax.MaskingCollator.mask_sample = lambda *args: collated.append(1) or mask_sample(*args)
+stop_at, device_batch = int(os.environ.get("STOP_AT", 0)), run_mlm_flax.Run.device_batch
+batches = []
+
+
+def watched(*args):
+    batches.append(1)
+    if len(batches) == stop_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if os.environ.get("CRASH") and len(batches) == 2:
+        raise RuntimeError("this process crashed")
+    return device_batch(*args)
+
+
+run_mlm_flax.Run.device_batch = watched
+run_mlm_flax.CONNECT_SECONDS = int(os.environ.get("CONNECT_SECONDS", 300))
+run_mlm_flax.DISCONNECT_SECONDS = int(os.environ.get("DISCONNECT_SECONDS", 300))
+try:
+    run_mlm_flax.main()
+finally:
+    print(f"collated {len(collated)}", flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """A folder with a model and text; the last batches of both splits are not full."""
+    folder = tmp_path_factory.mktemp("processes")
+    make_model(folder / "model", num_hidden_layers=1)
+    write_lines(folder / "train.txt", sentences(58))
+    write_lines(folder / "validation.txt", sentences(21, seed=1))
+    return folder
+
+
+def command(folder, output, samples, **settings):
+    """Return the flags of a run of 16 samples a step without dropout."""
+    settings = {
+        "model_name_or_path": folder / "model",
+        "train_file": folder / "train.txt",
+        "validation_file": folder / "validation.txt",
+        "cache_dir": folder / "cache",
+        "output_dir": output,
+        "do_train": True,
+        "do_eval": True,
+        "line_by_line": "true",
+        "max_seq_length": 24,
+        "train_batch_size": samples,
+        "eval_batch_size": samples,
+        "max_steps": STEPS,
+        "dropout_rate": 0,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "dataloader_drop_last": "false",
+        "eval_strategy": "no",
+        "save_strategy": "no",
+        "logging_steps": 1,
+        **settings,
+    }
+    return flags(**settings)
+
+
+def start(arguments, devices, cwd, **environment):
+    """Start a process with some devices and return it."""
+    environment = {**environment, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(
+        [sys.executable, "-c", WATCHED, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(processes):
+    """Return [(status, output, errors)] of processes when all have ended; none outlives the test."""
+    try:
+        return [(process.returncode, *texts) for process in processes for texts in [process.communicate(timeout=240)]]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def free_port():
+    """Return the number of a port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def run_one(arguments, devices, cwd):
+    """Run one process and return its output."""
+    ((status, output, errors),) = finish([start(arguments, devices, cwd)])
+    assert status == 0, errors
+    return output
+
+
+def run_two(arguments, folders, environments=({}, {})):
+    """Run two processes with two devices each, each in a folder of its own; return [(status, output, errors)]."""
+    address, processes = f"127.0.0.1:{free_port()}", []
+    for i, (folder, environment) in enumerate(zip(folders, environments)):
+        folder.mkdir(exist_ok=True)
+        joined = flags(coordinator_address=address, num_processes=2, process_id=i)
+        processes.append(start([*arguments, *joined], 2, folder, **environment))
+    return finish(processes)
+
+
+def folders(tmp_path):
+    return tmp_path / "first", tmp_path / "second"
+
+
+def losses(output):
+    return [entry["loss"] for entry in read_json(output, "trainer_state.json")["log_history"] if "loss" in entry]
+
+
+def assert_same(one, other):
+    """Check the losses, the metrics and the final weights of two runs."""
+    assert len(losses(one)) == STEPS
+    assert losses(one) == pytest.approx(losses(other), rel=1e-5)
+    results = [read_json(output, "eval_results.json") for output in (one, other)]
+    for name in ("eval_loss", "eval_accuracy", "perplexity"):
+        assert results[0][name] == pytest.approx(results[1][name], rel=1e-4)
+    assert results[0]["eval_samples"] == results[1]["eval_samples"]
+    weights = [load_file(output / "model.safetensors") for output in (one, other)]
+    for name, value in weights[0].items():
+        np.testing.assert_allclose(value, weights[1][name], atol=2e-5)
+
+
+@pytest.mark.parametrize("settings", [{"line_by_line": "true"}, {"line_by_line": "false", "whole_word_mask": True}])
+def test_two_processes_train_as_one(material, tmp_path, settings):
+    run_one(command(material, tmp_path / "one", 16, **settings), 1, tmp_path)
+    run_one(command(material, tmp_path / "four", 4, **settings), 4, tmp_path)
+    done = run_two(command(material, "output", 4, **settings), folders(tmp_path))
+    assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
+    for output in ("one", "four"):
+        assert_same(tmp_path / "first" / "output", tmp_path / output)
+    # Process 0 alone writes and logs, and each collates its half of every step, missing samples included.
+    assert list((tmp_path / "second").iterdir()) == []
+    assert "***** Training *****" in done[0][1]
+    assert "*****" not in done[1][1]
+    counts = [int(output.split("collated ")[1]) for _, output, _ in done]
+    eval_steps = -(-read_json(tmp_path / "one", "eval_results.json")["eval_samples"] // 16)
+    assert counts == [8 * (STEPS + eval_steps) + 1, 8 * (STEPS + eval_steps)]  # 0 tried the sparse head on one sample.
+
+
+def test_a_signal_to_one_stops_both_and_they_resume(material, tmp_path):
+    arguments = command(material, "output", 4)
+    arguments += flags(dropout_rate=0.2, max_steps=6)
+    whole, parts = (folders(tmp_path / name) for name in ("whole", "parts"))
+    for name in ("whole", "parts"):
+        (tmp_path / name).mkdir()
+    assert [status for status, _, _ in run_two(arguments, whole)] == [0, 0]
+    done = run_two(arguments, parts, ({}, {"STOP_AT": "3"}))
+    assert [status for status, _, _ in done] == [128 + signal.SIGTERM] * 2, done[0][2] + done[1][2]
+    (checkpoint,) = (parts[0] / "output").glob("checkpoint-*")
+    assert list(parts[1].iterdir()) == []
+    done = run_two(arguments, parts)
+    assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
+    assert f"Resuming from output/{checkpoint.name}" in done[0][1]
+    assert losses(parts[0] / "output") == losses(whole[0] / "output")
+    weights = [load_file(folder / "output" / "model.safetensors") for folder in (parts[0], whole[0])]
+    assert all(np.array_equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+def test_two_processes_stream_as_one(material, tmp_path):
+    settings = {"streaming": True, "shuffle_buffer_size": 20}
+    run_one(command(material, tmp_path / "one", 16, **settings), 1, tmp_path)
+    done = run_two(command(material, "output", 4, **settings), folders(tmp_path))
+    assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
+    assert_same(tmp_path / "first" / "output", tmp_path / "one")
+
+
+def test_a_mistake_in_one_process_ends_both(material, tmp_path):
+    one, other = folders(tmp_path)
+    one.mkdir()
+    write_lines(one / "here.txt", sentences(40))
+    done = run_two(command(material, "output", 4, train_file="here.txt"), (one, other))
+    for status, _, errors in done:
+        assert status == 2, errors
+        assert [line for line in errors.splitlines() if line.startswith("error:")] == [
+            "error: --train_file here.txt: no such file"
+        ]
+    assert not (one / "output").exists()
+
+
+def test_a_crash_of_one_process_ends_both(material, tmp_path):
+    done = run_two(command(material, "output", 4), folders(tmp_path), ({"DISCONNECT_SECONDS": "5"}, {"CRASH": "1"}))
+    assert done[0][0] != 0
+    assert done[1][0] == 1
+    assert "RuntimeError: this process crashed" in done[1][2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_processes": 2}, "go together; give all of them"),
+        ({"coordinator_address": "localhost:1", "process_id": 0}, "go together; give all of them"),
+        ({"coordinator_address": "localhost", "num_processes": 2, "process_id": 0}, "must be host:port"),
+        (
+            {"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 2},
+            "--process_id 2 must be from 0 to 1",
+        ),
+        ({"num_processes": 0}, "--num_processes 0 must be above 0"),
+    ],
+)
+def test_wrong_flags_are_one_line(tmp_path, capsys, settings, message):
+    with pytest.raises(SystemExit) as caught:
+        run_mlm_flax.main(command(tmp_path, tmp_path / "output", 4, **settings))
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+def test_a_coordinator_that_is_not_there_is_one_line(material, tmp_path):
+    joined = flags(coordinator_address=f"127.0.0.1:{free_port()}", num_processes=2, process_id=1)
+    arguments = command(material, "output", 4) + joined
+    ((status, _, errors),) = finish([start(arguments, 1, tmp_path, CONNECT_SECONDS="0")])
+    assert status == 2
+    (line,) = errors.splitlines()
+    assert "cannot be reached" in line
+
+
+def test_alone_nothing_is_connected(monkeypatch):
+    """Whatever the environment, `--num_processes 1` asks nobody."""
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.setenv(name, "2")
+    called = []
+    monkeypatch.setattr(run_mlm_flax.jax.distributed, "initialize", lambda **settings: called.append(settings))
+    *_, data_args, args = run_mlm_flax.parse_args(command(ROOT, "output", 4, num_processes=1))
+    run_mlm_flax.connect_processes(data_args, args)
+    assert called == []
+    *_, data_args, args = run_mlm_flax.parse_args(command(ROOT, "output", 4))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    run_mlm_flax.connect_processes(data_args, args)
+    assert len(called) == 1
+    assert "coordinator_address" not in called[0]  # JAX finds it.
