@@ -43,6 +43,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Optional
 
 if __name__ == "__main__":
+    os.environ.setdefault("USE_FLAX", "0")  # As a program: start without importing a JAX that is not used.
     os.environ.setdefault("USE_TF", "0")  # It only reads `.ckpt` files here, but Transformers would want Keras 2 too.
 
 try:

@@ -216,8 +216,10 @@ def test_a_model_folder_initialises_and_is_not_resumed(script, model_folder, tex
 
 def test_best_model_is_loaded_and_kept(model_folder, text_files, tmp_path):
     output = tmp_path / "output"
-    settings = {"eval_strategy": "steps", "eval_steps": 3, "save_total_limit": 1, "learning_rate": 0.5}
-    run_mlm.main(training_flags(model_folder, text_files, output, load_best_model_at_end=True, **settings))
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "save_total_limit": 1, "load_best_model_at_end": True}
+    # The first steps are the best, and each one after them makes it worse.
+    settings |= {"learning_rate": 5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 12}
+    run_mlm.main(training_flags(model_folder, text_files, output, **settings))
     state = read_json(output, "trainer_state.json")
     losses = {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}
     best = min(losses, key=lambda step: (losses[step], step))
