@@ -10,6 +10,7 @@ import sys
 import tempfile
 import types
 from pathlib import Path
+from unittest import mock
 
 # Before any import of the libraries that read them.
 os.environ.update(USE_TF="0", HF_HUB_OFFLINE="1", HF_DATASETS_DISABLE_PROGRESS_BARS="1", TOKENIZERS_PARALLELISM="false")
@@ -99,6 +100,13 @@ def pytest_unconfigure():
     """Remove the caches at the end of the process that began them."""
     if os.environ["MLM_TEST_CACHE"].endswith(f"-{os.getpid()}"):
         shutil.rmtree(os.environ["MLM_TEST_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def private_environment():
+    """Give each test an environment of its own: the Trainer tells Accelerate there of `--bf16`, for good."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(autouse=True)

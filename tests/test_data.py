@@ -378,7 +378,7 @@ def test_padding_to_the_maximum_length_makes_all_batches_alike(script, small_mod
 
     def watched(self, examples, *args, **kwargs):
         batch = numpy_batch(self, examples, *args, **kwargs)
-        if len(examples) > 1:
+        if len(examples) > 2:  # With fewer, the sparse head is tried.
             lengths.append(batch["input_ids"].shape[1])
             assert (batch["attention_mask"].sum(1) == [len(example["input_ids"]) for example in examples]).all()
         return batch

@@ -162,7 +162,7 @@ def test_two_processes_train_as_one(material, tmp_path, settings):
     assert "*****" not in done[1][1]
     counts = [int(output.split("collated ")[1]) for _, output, _ in done]
     eval_steps = -(-read_json(tmp_path / "one", "eval_results.json")["eval_samples"] // 16)
-    assert counts == [8 * (STEPS + eval_steps) + 1, 8 * (STEPS + eval_steps)]  # 0 tried the sparse head on one sample.
+    assert counts == [8 * (STEPS + eval_steps) + 2, 8 * (STEPS + eval_steps)]  # 0 tried the sparse head on two.
 
 
 def test_a_signal_to_one_stops_both_and_they_resume(material, tmp_path):
