@@ -1824,7 +1824,9 @@ class MaskedLMTrainer(Trainer):
         self.clock = 0, 0.0
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback):
-                callback.logging_dir = self.args.logging_dir  # Transformers 5 does not read the argument.
+                # Transformers 5 does not read the argument, and without a training it would write to the work folder.
+                default = os.path.join(self.args.output_dir, "runs", time.strftime("%b%d_%H-%M-%S"))
+                callback.logging_dir = self.args.logging_dir or default
 
     def start_clock(self):
         """Measure `tokens_per_second` from here."""

@@ -18,13 +18,14 @@ def run(tmp_path, capfd):
 
     def train(**changes):
         try:
-            run_mlm.main(flags(**settings | changes))
+            run_mlm.main(train.arguments(**changes))
         except SystemExit as stopped:
             assert stopped.code == 2
             return [], capfd.readouterr().err
         history = read_json(tmp_path, "output", "trainer_state.json")["log_history"]
         return [entry["learning_rate"] for entry in history if "learning_rate" in entry], ""
 
+    train.arguments = lambda **changes: flags(**settings | changes)
     return train
 
 
@@ -52,6 +53,18 @@ def test_a_warmup_beyond_the_training(run):
 def test_events_go_where_they_are_told(run, tmp_path, settings):
     run(logging_dir=tmp_path / "events", learning_rate=1e-3, **settings)
     assert [path.parent for path in tmp_path.rglob("events.out.*")] == [tmp_path / "events"]
+
+
+@pytest.mark.parametrize("task", ["do_train", "do_eval"])
+def test_events_are_below_the_output_otherwise(run, tmp_path, monkeypatch, task):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    settings = {"do_train": "false", "validation_file": tmp_path / "train.txt"} if task == "do_eval" else {}
+    settings |= {task: True, "learning_rate": 1e-3, "report_to": "tensorboard"}
+    run_mlm.main(run.arguments(**settings))
+    assert list((tmp_path / "work").iterdir()) == []
+    (events,) = (tmp_path / "output" / "runs").rglob("events.out.*")
+    assert events.stat().st_size > 100
 
 
 def test_overwriting_the_output(run, tmp_path):
