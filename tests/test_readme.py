@@ -12,7 +12,15 @@ from conftest import ROOT, SCRIPTS, read_json
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Flags of other programs that README shows.
 FOREIGN_FLAGS = {"help", "write", "nproc_per_node", "shape", "rounds", "steps", "warm_up", "backend"}
-FOREIGN_FLAGS |= {"num_cores", "config_file", "logdir", "nodes", "ntasks", "xla_force_host_platform_device_count"}
+FOREIGN_FLAGS |= {
+    "num_cores",
+    "config_file",
+    "logdir",
+    "tokenizer",
+    "nodes",
+    "ntasks",
+    "xla_force_host_platform_device_count",
+}
 # The usage examples of the documented scripts, and the files that hold the same settings.
 DOCUMENTED = {
     "bert_wikitext": (
