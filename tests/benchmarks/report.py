@@ -68,8 +68,12 @@ def without_paths(text):
 
 def command_line():
     """Return the command that was given, file names without their folders."""
-    arguments = [os.path.basename(item) if os.path.isabs(item) else item for item in sys.argv[1:]]
-    return " ".join(["python", f"tests/benchmarks/{os.path.basename(sys.argv[0])}", *arguments])
+    return " ".join(["python", f"tests/benchmarks/{os.path.basename(sys.argv[0])}", *map(file_name, sys.argv[1:])])
+
+
+def file_name(value):
+    """Return the last part of a value that is an absolute path."""
+    return os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
 
 
 class Report:
@@ -77,6 +81,7 @@ class Report:
 
     def __init__(self, name, title, settings):
         self.name, self.title = name, title
+        settings = {name: file_name(value) for name, value in settings.items()}
         self.head = {"benchmark": name, "command": command_line(), "commit": commit(), "settings": settings}
         self.head |= {"versions": versions(), "hardware": hardware()}
         self.samples, self.tables, self.notes = [], {}, []
