@@ -1844,7 +1844,7 @@ class MaskedLMTrainer(Trainer):
             logs["loss"] = (total - self.reported_loss) / (step - self.reported_step)
             self.reported_loss, self.reported_step = total, step
             tokens = self.train_dataset.num_tokens / len(self.train_dataset) * self.args.step_samples
-            logs["tokens_per_second"] = tokens * (step - self.clock[0]) / (time.perf_counter() - self.clock[1])
+            logs["tokens_per_second"] = round(tokens * (step - self.clock[0]) / (time.perf_counter() - self.clock[1]))
             self.start_clock()
         if "train_loss" in logs and self.first_step:
             history, total, step = self.state.log_history, self._total_loss_scalar, self.state.global_step
@@ -2267,6 +2267,7 @@ def publish_checkpoint(staged, folder, limit=None, protected=None):
     os.replace(staged, target)
     newest = int(CHECKPOINT.fullmatch(os.path.basename(target))[1])
     older = [path for step, path in list_checkpoints(folder) if step < newest and path != protected]
+    logger.info(f"Saved {target}.")
     for path in older[: max(0, len(older) + 1 - limit)] if limit else []:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -2276,6 +2277,7 @@ def publish_files(staged, folder):
     for name in os.listdir(staged):
         os.replace(os.path.join(staged, name), os.path.join(folder, name))
     os.rmdir(staged)
+    logger.info(f"Saved the model in {folder}.")
 
 
 @contextlib.contextmanager

@@ -2123,10 +2123,11 @@ class Run:
         if self.selection:
             probability = self.collator.probability(samples[0]["epoch"])
             batch |= select_labels(batch["labels"], label_slots(batch["labels"], probability))
-        shape = tuple(array.shape for array in batch.values())
-        if shape not in self.seen_shapes:
-            self.seen_shapes.add(shape)
-            logger.info(f"Compiling a step for batches of shape {batch['input_ids'].shape}.")
+        kind = "an evaluation step" if dataset is self.tokenized.get("validation") else "a step"
+        compiled = kind, *(array.shape for array in batch.values())
+        if compiled not in self.seen_shapes:
+            self.seen_shapes.add(compiled)
+            logger.info(f"Compiling {kind} for batches of shape {batch['input_ids'].shape}.")
         return batch
 
     def padded_length(self, longest):
@@ -2485,6 +2486,7 @@ def publish_checkpoint(staged, folder, limit=None, protected=None):
     os.replace(staged, target)
     newest = int(CHECKPOINT.fullmatch(os.path.basename(target))[1])
     older = [path for step, path in list_checkpoints(folder) if step < newest and path != protected]
+    logger.info(f"Saved {target}.")
     for path in older[: max(0, len(older) + 1 - limit)] if limit else []:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -2494,6 +2496,7 @@ def publish_files(staged, folder):
     for name in os.listdir(staged):
         os.replace(os.path.join(staged, name), os.path.join(folder, name))
     os.rmdir(staged)
+    logger.info(f"Saved the model in {folder}.")
 
 
 @contextlib.contextmanager
@@ -3105,7 +3108,7 @@ def log_training(run, losses, optimizer):
     logs["learning_rate"] = float(run.schedule(run.step - 1))
     dataset, (step, start) = run.tokenized["train"], run.clock
     tokens = dataset.num_tokens / len(dataset) * run.args.step_samples
-    run.log({**logs, "tokens_per_second": tokens * (run.step - step) / (time.perf_counter() - start)})
+    run.log({**logs, "tokens_per_second": round(tokens * (run.step - step) / (time.perf_counter() - start))})
     run.start_clock()
     return sum(values)
 
@@ -3191,7 +3194,8 @@ def save_results(run, split, metrics):
     """Log the metrics of a split and write `{split}_results.json`, `all_results.json` and `trainer_state.json`."""
     if not run.args.should_log:
         return
-    log_summary(f"{split} metrics", {name: metrics[name] for name in sorted(metrics)})
+    shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in sorted(metrics.items())}
+    log_summary(f"{split} metrics", shown)
     os.makedirs(run.args.output_dir, exist_ok=True)
     write_results(run.args.output_dir, split, metrics)
     write_json(os.path.join(run.args.output_dir, "trainer_state.json"), trainer_state(run))

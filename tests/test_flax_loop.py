@@ -70,6 +70,14 @@ def test_one_compilation_for_each_shape(arguments, compiled, caplog, tmp_path):
     assert counts[0] > 0 and len(set(counts[:9])) == 2  # Only the first step of a shape compiles anything.
 
 
+def test_the_evaluation_step_is_named_as_it_compiles(arguments, tmp_path, caplog):
+    arguments = [*arguments, "--validation_file", write_lines(tmp_path / "validation.txt", sentences(20))]
+    run_mlm_flax.main([*arguments, "--do_train", "--do_eval", "--max_steps", "2", "--eval_batch_size", str(ROWS)])
+    shape = f"for batches of shape (1, {ROWS}, {LENGTH})."  # One shape, two steps.
+    started = [message for message in caplog.messages if message.startswith("Compiling")]
+    assert started == [f"Compiling a step {shape}", f"Compiling an evaluation step {shape}"]
+
+
 def test_at_most_six_lengths_in_line_by_line_mode(arguments, caplog):
     more = ("--line_by_line", "--max_seq_length", "64", "--train_batch_size", "3", "--dataloader_drop_last", "false")
     run = set_up(run_mlm_flax, [*arguments, *more])
