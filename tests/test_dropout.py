@@ -306,6 +306,23 @@ def test_flax_masks_are_those_of_their_keys_and_broadcast():
     assert set(np.unique(shared)) == {0, 2}
 
 
+@pytest.mark.parametrize("impl", ["rbg", "threefry2x32"])
+def test_random_words_are_uniform_and_independent_between_keys_and_places(impl):
+    shape = 64, 128, 128
+    keys = jax.random.split(jax.random.key(0, impl=impl), 3)
+    one, two, three = (np.asarray(run_mlm_flax.random_words(key, shape)) for key in keys)
+    assert one.shape == shape and one.dtype == np.uint32
+    pairs = one ^ two, one ^ three, two ^ three, one[1:] ^ one[:-1], one[..., 1:] ^ one[..., :-1], one ^ np.roll(two, 1)
+    for words in (one, two, three, *pairs):
+        for octet in range(4):
+            counts = np.bincount((words >> np.uint32(8 * octet)).ravel() & np.uint32(255), minlength=256)
+            expected = words.size / 256
+            statistic = (
+                (counts - expected) ** 2 / expected
+            ).sum()  # Of 255 degrees of freedom: 255, within six sigmas.
+            assert abs(statistic - 255) < 6 * math.sqrt(2 * 255)
+
+
 @pytest.mark.parametrize("selection", ["encoder", "layer"])
 def test_the_flax_model_drops_with_a_key_and_not_without(selection, tmp_path):
     run = build(run_mlm_flax, make_model(tmp_path / "model", num_hidden_layers=1), tmp_path)

@@ -33,6 +33,7 @@ CLOSURES = {
     *("labelled_logits.keep_labelled", "training_step.micro_loss", "training_step.accumulate"),
     *(f"negative_log_likelihood.{name}" for name in ("likelihood", "forward", "backward")),
     *("create_learning_rate_scheduler.cosine", "create_learning_rate_scheduler.schedule", "resize_vocabulary.fit"),
+    "clip_by_global_norm.update",
 }
 BANNER = re.compile(r"^# -+\n# (\d+\. .+)\n# -+$", re.MULTILINE)
 
