@@ -1835,7 +1835,7 @@ class MaskedLMTrainer(Trainer):
     def init_hf_repo(self, token=None):
         """Make the repository on the hub, as `run_mlm_flax.py` does."""
         if self.is_world_process_zero():
-            self.hub_model_id, self.push_in_progress = create_repository(self.args), None
+            self.hub_model_id, self.push_in_progress = create_repository(self.args, REPOSITORY_FIX), None
 
     def log(self, logs, *args, **kwargs):
         """Report as the Trainer does, but the loss unrounded, and the speed of the steps that this process made."""
@@ -2545,8 +2545,8 @@ def guesses_table(rows):
 
 
 def markdown_table(head, rows):
-    """Return a table in Markdown of a row of names and rows of texts."""
-    rows = [head, ["---"] * len(head), *([text.replace("|", "\\|") for text in row] for row in rows)]
+    """Return a table in Markdown of a row of names and rows of texts, each text in one line."""
+    rows = [head, ["---"] * len(head), *([" ".join(text.split()).replace("|", "\\|") for text in row] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -2565,10 +2565,11 @@ def without_folder(value):
 
 
 def given_settings(argv):
-    """Return {name: value} of the arguments that are not at their defaults, without tokens and folders."""
+    """Return {name: value} of the arguments that are not at their defaults, without tokens, folders and addresses."""
     parser = build_parser()
     given, defaults = (vars(parser.parse_args(flags)) for flags in (expand_flags(argv), []))
-    settings = {name: value for name, value in given.items() if value != defaults[name] and not name.endswith("token")}
+    left_out = ("token", "coordinator_address", "num_processes", "process_id")
+    settings = {name: value for name, value in given.items() if value != defaults[name] and not name.endswith(left_out)}
     return {
         name: [without_folder(item) for item in value] if isinstance(value, list) else without_folder(value)
         for name, value in settings.items()
@@ -2656,10 +2657,10 @@ def repository_name(training_args):
     return training_args.hub_model_id or os.path.basename(os.path.abspath(training_args.output_dir))
 
 
-def create_repository(training_args):
+def create_repository(training_args, fix):
     """Make the hub repository if there is none and return its full name; raises `UserError` if that fails."""
     name, api = repository_name(training_args), HfApi(token=training_args.hub_token)
-    with user_errors(f"--push_to_hub: {name}", REPOSITORY_FIX):
+    with user_errors(f"--push_to_hub: {name}", fix):
         return api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True).repo_id
 
 
@@ -2674,12 +2675,13 @@ def publish_model(argv, model_args, data_args, training_args, facts, metrics):
     write_card(folder, model_card(given_settings(argv), model_args, data_args, training_args, facts, metrics))
     if training_args.push_to_hub:
         fix = f"the model is saved in {folder}: `hf upload {name} {folder} --exclude 'checkpoint-*'` uploads it later"
+        name = create_repository(training_args, fix)
         with user_errors(f"--push_to_hub: {name}", fix):
-            api = HfApi(token=training_args.hub_token)
-            name = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True).repo_id
-            message = "Masked language model, trained"
-            api.upload_folder(
-                repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=list(NOT_PUSHED)
+            HfApi(token=training_args.hub_token).upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                commit_message="Masked language model, trained",
+                ignore_patterns=list(NOT_PUSHED),
             )
         logger.info(f"Uploaded to {constants.ENDPOINT}/{name}.")
 

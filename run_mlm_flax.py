@@ -1886,10 +1886,10 @@ def mean_metrics(loss, hits, count):
 class SummaryWriter:
     """Writes TensorBoard events with the `tensorboard` package alone, where it is installed and there is a folder."""
 
-    def __init__(self, log_dir, settings=None, texts=None):
+    def __init__(self, log_dir, settings, texts):
         self.log_dir = log_dir
-        self.settings = settings or {}
-        self.texts = texts or {}
+        self.settings = settings
+        self.texts = texts
         self.writer = None
 
     def add(self, summary, step):
@@ -2422,7 +2422,7 @@ def build_run(model_args, data_args, training_args, model, tokenizer, tokenized,
     texts = {"args": json.dumps(arguments, indent=2), "model_config": model.config.to_json_string()}
     log_dir = os.path.join(training_args.output_dir, "logs") if training_args.should_log else None
     if training_args.push_to_hub:
-        from_first_process(create_repository, training_args)
+        from_first_process(create_repository, training_args, REPOSITORY_FIX)
     return Run(
         args=training_args,
         model=model,
@@ -2839,8 +2839,8 @@ def guesses_table(rows):
 
 
 def markdown_table(head, rows):
-    """Return a table in Markdown of a row of names and rows of texts."""
-    rows = [head, ["---"] * len(head), *([text.replace("|", "\\|") for text in row] for row in rows)]
+    """Return a table in Markdown of a row of names and rows of texts, each text in one line."""
+    rows = [head, ["---"] * len(head), *([" ".join(text.split()).replace("|", "\\|") for text in row] for row in rows)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -2859,10 +2859,11 @@ def without_folder(value):
 
 
 def given_settings(argv):
-    """Return {name: value} of the arguments that are not at their defaults, without tokens and folders."""
+    """Return {name: value} of the arguments that are not at their defaults, without tokens, folders and addresses."""
     parser = build_parser()
     given, defaults = (vars(parser.parse_args(flags)) for flags in (expand_flags(argv), []))
-    settings = {name: value for name, value in given.items() if value != defaults[name] and not name.endswith("token")}
+    left_out = ("token", "coordinator_address", "num_processes", "process_id")
+    settings = {name: value for name, value in given.items() if value != defaults[name] and not name.endswith(left_out)}
     return {
         name: [without_folder(item) for item in value] if isinstance(value, list) else without_folder(value)
         for name, value in settings.items()
@@ -2950,10 +2951,10 @@ def repository_name(training_args):
     return training_args.hub_model_id or os.path.basename(os.path.abspath(training_args.output_dir))
 
 
-def create_repository(training_args):
+def create_repository(training_args, fix):
     """Make the hub repository if there is none and return its full name; raises `UserError` if that fails."""
     name, api = repository_name(training_args), HfApi(token=training_args.hub_token)
-    with user_errors(f"--push_to_hub: {name}", REPOSITORY_FIX):
+    with user_errors(f"--push_to_hub: {name}", fix):
         return api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True).repo_id
 
 
@@ -2968,12 +2969,13 @@ def publish_model(argv, model_args, data_args, training_args, facts, metrics):
     write_card(folder, model_card(given_settings(argv), model_args, data_args, training_args, facts, metrics))
     if training_args.push_to_hub:
         fix = f"the model is saved in {folder}: `hf upload {name} {folder} --exclude 'checkpoint-*'` uploads it later"
+        name = create_repository(training_args, fix)
         with user_errors(f"--push_to_hub: {name}", fix):
-            api = HfApi(token=training_args.hub_token)
-            name = api.create_repo(name, private=training_args.hub_private_repo, exist_ok=True).repo_id
-            message = "Masked language model, trained"
-            api.upload_folder(
-                repo_id=name, folder_path=folder, commit_message=message, ignore_patterns=list(NOT_PUSHED)
+            HfApi(token=training_args.hub_token).upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                commit_message="Masked language model, trained",
+                ignore_patterns=list(NOT_PUSHED),
             )
         logger.info(f"Uploaded to {constants.ENDPOINT}/{name}.")
 

@@ -258,10 +258,6 @@ def test_a_training_step_draws_quickly_and_an_evaluation_not_at_all(tmp_path):
         draws.assert_not_called()
 
 
-def count_call(calls, *inputs):
-    calls.append(1)
-
-
 class Dropped(nn.Module):
     """`dropout_layer` in place of an `nn.Dropout`."""
 

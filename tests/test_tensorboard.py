@@ -187,5 +187,9 @@ def test_without_the_package_nothing_is_drawn(script, model_folder, text_files, 
 def test_the_picture_is_drawn_from_the_event_files(runs, tmp_path):
     program = [sys.executable, str(ROOT / "tests" / "benchmarks" / "plot_runs.py"), str(tmp_path / "picture.png")]
     named = [f"{name}={output / 'logs'}" for name, (output, _) in runs.items()]
-    subprocess.run([*program, *named], check=True, timeout=120)
-    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+    pictures = []
+    for part in (named[:1], named[1:], named):
+        subprocess.run([*program, *part], check=True, timeout=120)
+        pictures.append((tmp_path / "picture.png").read_bytes())
+    assert all(picture.startswith(b"\x89PNG") for picture in pictures)
+    assert len(set(pictures)) == 3  # Each run changes what is drawn.

@@ -46,7 +46,7 @@ def make_data(script, length, mixed):
     """Return 40,000 samples of a length, or of lengths from 8 to it."""
     generator = np.random.default_rng(0)
     lengths = generator.integers(8, length + 1, 40_000) if mixed else np.full(40_000, length)
-    ids = pa.array(generator.integers(5, VOCABULARY, lengths.sum(), dtype=np.int32))
+    ids = pa.array(generator.integers(5, VOCABULARY, lengths.sum(), dtype=np.uint16))
     rows = pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)), ids)
     return script.TokenizedDataset(datasets.Dataset(datasets.table.InMemoryTable(pa.table({"input_ids": rows}))))
 

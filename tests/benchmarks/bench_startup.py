@@ -31,7 +31,6 @@ VARIANTS = [  # (backend, variant, side, whether nothing is compiled yet)
     ("flax", "ours", "ours", False),
     ("flax", "ours, nothing compiled yet", "ours", True),
 ]
-OUR_FLAGS = []  # Of both scripts, if the compilation cache is not there by itself.
 CACHE_VARIABLES = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TMPDIR")  # Below which programs keep what they compiled.
 
 
@@ -51,7 +50,6 @@ def measure(spec):
     else:
         flags = ["--model_name_or_path", spec["model"], "--train_file", files[0], "--validation_file", files[1]]
         flags += ["--line_by_line", "false", "--train_batch_size", BATCH, "--max_seq_length", LENGTH, "--do_train"]
-        flags += OUR_FLAGS
         ours.start(spec["backend"], [str(flag) for flag in [*flags, "--max_steps", STEPS, "--output_dir", output]])
     raise RuntimeError("the program ended without a first step: has its progress bar changed?")
 

@@ -15,7 +15,6 @@ from children import ROOT
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = "torch jax jaxlib flax optax transformers datasets tokenizers accelerate numpy pyarrow".split()
 CPU_FLAGS = "avx2 avx512f avx512_bf16 avx512_fp16 avx512_vnni amx_tile amx_bf16 asimd sve bf16".split()
-THREAD_VARIABLES = "OMP_NUM_THREADS MKL_NUM_THREADS TOKENIZERS_PARALLELISM XLA_FLAGS JAX_PLATFORMS LD_PRELOAD".split()
 
 
 def first_line(command):
