@@ -13,6 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Flags of other programs that README shows.
 FOREIGN_FLAGS = {"help", "write", "nproc_per_node", "shape", "rounds", "steps", "warm_up", "backend", "variants"}
 FOREIGN_FLAGS |= {
+    "mode",
     "evaluation",
     "num_cores",
     "config_file",
