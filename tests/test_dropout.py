@@ -313,9 +313,7 @@ def test_random_words_are_uniform_and_independent_between_keys_and_places(impl):
         for octet in range(4):
             counts = np.bincount((words >> np.uint32(8 * octet)).ravel() & np.uint32(255), minlength=256)
             expected = words.size / 256
-            statistic = (
-                (counts - expected) ** 2 / expected
-            ).sum()  # Of 255 degrees of freedom: 255, within six sigmas.
+            statistic = ((counts - expected) ** 2 / expected).sum()  # Chi-squared, of 255 degrees of freedom.
             assert abs(statistic - 255) < 6 * math.sqrt(2 * 255)
 
 

@@ -173,3 +173,17 @@ def test_the_trainer_writes_no_card_of_its_own(model_folder, text_files, tmp_pat
     monkeypatch.setattr(run_mlm.Trainer, "create_model_card", None)
     run_mlm.main(run_flags(model_folder, text_files, tmp_path / "output"))
     assert (tmp_path / "output" / "README.md").read_text().count("# output") == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_addresses_and_tokens_are_not_on_the_card(name):
+    argv = "--train_file my.txt --output_dir out --hub_token hf_cardsecret"
+    argv += " --coordinator_address 10.0.0.1:1234 --num_processes 2 --process_id 1" if name == "run_mlm_flax" else ""
+    settings = importlib.import_module(name).given_settings(argv.split())
+    assert settings == {"train_file": ["my.txt"], "output_dir": "out"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_row_of_a_table_is_one_line(name):
+    table = importlib.import_module(name).markdown_table(["a", "b"], [["one\ntwo", "x|y"]])
+    assert table.splitlines() == ["| a | b |", "| --- | --- |", "| one two | x\\|y |"]
