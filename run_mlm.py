@@ -123,7 +123,7 @@ RESIZE_FIX = "name the model's own in --tokenizer_name"
 DISK_FULL = 2**20  # Bytes: writers report a full disk in many ways, but none leaves this much.
 UNFINISHED = ".unfinished"  # Where a checkpoint or a model is written before it is renamed into place.
 EVAL_EPOCH = 2**63  # No training epoch: evaluation draws its own masks, the same ones every time.
-ATTENTION_PART = 2**20  # Attention weights computed at a time on a CPU: what its cache holds.
+CACHED_NUMBERS = 2**18  # Attention weights or random numbers made at a time on a CPU: what its cache holds.
 MAX_LISTED = 100  # Sample indices in an error message.
 ORDER_KEYS = 2**62  # No index of a sample: the order of a block draws other numbers than masks do.
 STREAM_STATE = "stream_state.json"  # In a checkpoint: where the stream was.
@@ -1368,7 +1368,7 @@ def sample_generator(seed, epoch, index):
 def mask_tokens(
     input_ids,
     special_tokens_mask,
-    generator,
+    draws,
     mask_token_id,
     vocab_size,
     mlm_probability=0.15,
@@ -1378,20 +1378,35 @@ def mask_tokens(
 ):
     """Choose the tokens to predict and hide most of them (BERT, Devlin et al. 2019, section 3.1).
 
-    Of one sample, `input_ids: integers [L]` and `special_tokens_mask: bool [L]` (never chosen), returns
-    (inputs: int32 [L], labels: int32 [L], -100 where not chosen). A chosen token becomes the mask token, a random one,
-    or stays. With `continues_word: bool [L]`, words are chosen as a whole. Draws from `generator` only.
+    Of samples laid end to end, `input_ids: integers [T]` and `special_tokens_mask: bool [T]` (never chosen), returns
+    (inputs: int32 [T], labels: int32 [T], -100 where not chosen). A chosen token becomes the mask token, a random one,
+    or stays. With `continues_word: bool [T]`, words are chosen as a whole. `mlm_probability` is a number or float [T].
+    `draws` are the samples' (random generator, length): what becomes of a sample is drawn from its own generator only.
     """
     inputs, labels = input_ids.astype(np.int32), np.full(len(input_ids), IGNORED_LABEL, np.int32)
-    chosen = generator.random(len(inputs)) < mlm_probability
+    lengths = [length for _, length in draws]
+    ends, uniform = np.cumsum(lengths), np.empty(len(input_ids))
+    for (generator, length), end in zip(draws, ends.tolist()):
+        generator.random(out=uniform[end - length : end])
+    chosen = uniform < mlm_probability
     if continues_word is not None:
-        chosen = chosen[np.maximum.accumulate(np.where(continues_word, 0, np.arange(len(inputs))))]
+        starts = np.where(continues_word, np.repeat(ends - lengths, lengths), np.arange(len(inputs)))
+        chosen = chosen[np.maximum.accumulate(starts)]
     places = np.flatnonzero(chosen & ~special_tokens_mask)
     labels[places] = inputs[places]
-    draw, random_ids = generator.random((2, len(places)))
+    counts = np.diff(np.searchsorted(places, ends), prepend=0).tolist()
+    draw, random_ids = np.hstack([generator.random((2, count)) for (generator, _), count in zip(draws, counts)])
     visible = np.where(draw < mask_replace_prob + random_replace_prob, random_ids * vocab_size, inputs[places])
     inputs[places] = np.where(draw < mask_replace_prob, mask_token_id, visible)
     return inputs, labels
+
+
+def laid_end_to_end(samples, name, default, lengths):
+    """Return a column of samples as one array [T], with the `default: [T]` where a sample lacks it."""
+    if not any(name in sample for sample in samples):
+        return default
+    parts = np.split(default, np.cumsum(lengths)[:-1])
+    return np.concatenate([np.asarray(sample.get(name, part), part.dtype) for sample, part in zip(samples, parts)])
 
 
 class MaskingCollator:
@@ -1406,44 +1421,50 @@ class MaskingCollator:
     def numpy_batch(self, examples, pad_to_multiple_of=None, pad_to_length=0):
         """Return {"input_ids", "attention_mask", "labels"}, each int32 [B, L], for samples or token lists."""
         samples = [example if isinstance(example, Mapping) else {"input_ids": example} for example in examples]
-        rows = [np.asarray(sample["input_ids"], np.int32) for sample in samples]
-        longest = max(pad_to_length, *map(len, rows))
+        rows = [np.asarray(sample["input_ids"]) for sample in samples]
+        lengths = [len(row) for row in rows]
+        longest = max(pad_to_length, *lengths)
         longest += -longest % (pad_to_multiple_of or 1)
-        if any(len(row) < longest for row in rows) and self.tokenizer.pad_token_id is None:
+        if min(lengths) < longest and self.tokenizer.pad_token_id is None:
             raise UserError("the tokenizer has no padding token, which samples of different lengths need")
-        shape = (len(rows), longest)
+        places = np.arange(longest) < np.array(lengths)[:, None]
+        places = places[:, ::-1] if self.tokenizer.padding_side == "left" else places
         batch = {
-            "input_ids": np.full(shape, self.tokenizer.pad_token_id or 0, np.int32),
-            "attention_mask": np.zeros(shape, np.int32),
-            "labels": np.full(shape, IGNORED_LABEL, np.int32),
+            "input_ids": np.full(places.shape, self.tokenizer.pad_token_id or 0, np.int32),
+            "attention_mask": places.astype(np.int32),
+            "labels": np.full(places.shape, IGNORED_LABEL, np.int32),
         }
-        for i, (sample, row) in enumerate(zip(samples, rows)):
-            first = longest - len(row) if self.tokenizer.padding_side == "left" else 0
-            place = (i, slice(first, first + len(row)))
-            batch["attention_mask"][place] = sample.get("attention_mask", 1)
-            batch["input_ids"][place], batch["labels"][place] = self.mask_sample(sample, row)
+        input_ids = np.concatenate(rows, dtype=np.int32, casting="unsafe")  # An empty list would be of floats.
+        if any("attention_mask" in sample for sample in samples):
+            attended = laid_end_to_end(samples, "attention_mask", np.ones_like(input_ids), lengths)
+            batch["attention_mask"][places] = attended
+        batch["input_ids"][places], batch["labels"][places] = self.mask_samples(samples, input_ids, lengths)
         return batch
 
-    def mask_sample(self, sample, input_ids):
-        """Return (inputs, labels), both int32 [L], of one sample."""
+    def mask_samples(self, samples, input_ids, lengths):
+        """Return (inputs, labels), both int32 [T], of samples whose `input_ids: int32 [T]` are laid end to end."""
         if not self.mlm:
             return input_ids, np.where(input_ids == self.tokenizer.pad_token_id, IGNORED_LABEL, input_ids)
-        if "index" in sample:
-            epoch, index = sample["epoch"], sample["index"]
-        else:
-            epoch, index = 0, self._samples_seen
-            self._samples_seen += 1
+        keys = [self.key(sample) for sample in samples]
+        words = laid_end_to_end(samples, "continues_word", np.zeros(len(input_ids), bool), lengths)
         return mask_tokens(
             input_ids,
-            np.asarray(sample.get("special_tokens_mask", self.is_special[input_ids]), bool),
-            sample_generator(self.seed or 0, epoch, index),
+            laid_end_to_end(samples, "special_tokens_mask", self.is_special.take(input_ids), lengths),
+            [(sample_generator(self.seed or 0, *key), length) for key, length in zip(keys, lengths)],
             mask_token_id=self.mask_token_id,
             vocab_size=self.vocab_size,
-            mlm_probability=self.probability(epoch),
+            mlm_probability=np.repeat([self.probability(epoch) for epoch, _ in keys], lengths),
             mask_replace_prob=self.mask_replace_prob,
             random_replace_prob=self.random_replace_prob,
-            continues_word=sample.get("continues_word"),
+            continues_word=words if words.any() else None,
         )
+
+    def key(self, sample):
+        """Return (epoch, index) of a sample."""
+        if "index" in sample:
+            return sample["epoch"], sample["index"]
+        self._samples_seen += 1
+        return 0, self._samples_seen - 1
 
     def probability(self, epoch):
         """Return the share of tokens to choose in an epoch."""
@@ -1726,10 +1747,13 @@ def labelled_positions_only(model, positions, selection):
 
 
 def keep_mask(shape, probability):
-    """Return uint8 of a shape, 1 with a probability (to 2**-16), else 0; one 64-bit draw of PyTorch's serves four."""
-    size = math.prod(shape)
-    bits = torch.empty(-(-size // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
-    return (bits[:size].view(shape) < min(round(probability * 2**16), 2**16 - 1) - 2**15).view(torch.uint8)
+    """Return uint8 of a shape, 1 with a probability (to 2**-16), else 0; NumPy draws, PyTorch gives the seed."""
+    generator = np.random.SFC64(torch.randint(2**63 - 1, ()).item())
+    keep, limit = np.empty(math.prod(shape), bool), min(round(probability * 2**16), 2**16 - 1)
+    for part in np.split(keep, range(CACHED_NUMBERS, len(keep), CACHED_NUMBERS)):
+        words = generator.random_raw(-(-len(part) // 4))
+        np.less(words.view(np.uint16)[: len(part)], limit, out=part)
+    return torch.from_numpy(keep.view(np.uint8)).view(shape)
 
 
 def quick_dropout(input, p=0.5, training=True, inplace=False):
@@ -1751,62 +1775,117 @@ def quick_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
         attn_mask = attn_mask.reshape((1,) * (4 - attn_mask.ndim) + attn_mask.shape)
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -math.inf)
-    query = query * (query.shape[-1] ** -0.5 if scale is None else scale)
-    return DropoutAttention.apply(query, key, value * (1 / (1 - dropout_p)), attn_mask, 1 - dropout_p)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return DropoutAttention.apply(query, key, value, attn_mask, 1 - dropout_p, scale)
 
 
 class DropoutAttention(torch.autograd.Function):
-    """(softmax(Q K^T + mask) * keep) V for Q, K, V: [B, heads, L, H / heads], some samples at a time.
+    """(softmax(scale Q K^T + mask) * keep / probability) V for Q, K, V: [B, heads, L, H / heads], sample by sample.
 
-    They stay in the processor's cache, and the backward pass computes the weights again instead of keeping them.
+    The weights stay in the processor's cache, and the backward pass computes them again instead of keeping them.
     """
 
     @staticmethod
     def parts(*arrays):
         """Return the arrays in parts of some samples, None where an array is."""
         heads, length = arrays[0].shape[1:3]
-        samples = max(1, ATTENTION_PART // (heads * length * length))
+        samples = max(1, CACHED_NUMBERS // (heads * length * length))
         count = -(-len(arrays[0]) // samples)
         return zip(*([None] * count if array is None else array.split(samples) for array in arrays))
 
     @staticmethod
-    def weights(query, key, mask):
-        """Return softmax(Q K^T + mask) in float32."""
-        scores = (query @ key.transpose(-2, -1)).float()
+    def product(left, right, factor=1.0):
+        """Return `factor * left @ right` of each sample and head."""
+        result = left.new_empty(math.prod(left.shape[:2]), left.shape[2], right.shape[3])
+        result.baddbmm_(left.flatten(0, 1), right.flatten(0, 1), beta=0, alpha=factor)
+        return result.unflatten(0, left.shape[:2])
+
+    @staticmethod
+    def weights(query, key, mask, scale):
+        """Return softmax(scale Q K^T + mask) in float32."""
+        scores = DropoutAttention.product(query, key.transpose(2, 3), scale).float()
         return (scores if mask is None else scores.add_(mask)).softmax(-1)
 
     @staticmethod
-    def forward(ctx, query, key, value, mask, probability):
+    def room(rows, columns):
+        """Return an empty array for numbers like Q, laid out in memory as a model makes Q: [B, L, heads, H / heads]."""
+        batch, heads, length = rows.shape[:3]
+        return columns.new_empty(batch, length, heads, columns.shape[3]).transpose(1, 2)
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, probability, scale):
         """Draw what to keep and return the attention's output, like Q."""
         mask = None if mask is None else mask.expand(len(query), *mask.shape[1:])
         keep = keep_mask((*query.shape[:3], key.shape[2]), probability)
         ctx.save_for_backward(query, key, value, mask, keep)
+        ctx.factors = scale, 1 / probability
+        output = DropoutAttention.room(query, value)
         with torch.autocast("cpu", enabled=False):
-            return torch.cat(
-                [
-                    (DropoutAttention.weights(q, k, m) * d).to(v.dtype) @ v
-                    for q, k, v, m, d in DropoutAttention.parts(query, key, value, mask, keep)
-                ]
-            )
+            for q, k, v, m, d, out in DropoutAttention.parts(query, key, value, mask, keep, output):
+                kept = DropoutAttention.weights(q, k, m, scale).mul_(d.float()).to(v.dtype)
+                out.copy_(DropoutAttention.product(kept, v, 1 / probability))
+        return output
 
     @staticmethod
     def backward(ctx, gradient):
         """Return the gradients of Q, K and V."""
-        gradients = []
-        for q, k, v, m, d, g in DropoutAttention.parts(*ctx.saved_tensors, gradient):
-            weights = DropoutAttention.weights(q, k, m)
-            kept = (weights * d).to(v.dtype)
-            back = weights * ((g @ v.transpose(-2, -1)) * d)
-            back = (back - weights * back.sum(-1, keepdim=True)).to(q.dtype)
-            gradients.append((back @ k, back.transpose(-2, -1) @ q, kept.transpose(-2, -1) @ g))
-        return *map(torch.cat, zip(*gradients)), None, None
+        product, (scale, factor) = DropoutAttention.product, ctx.factors
+        gradients = [DropoutAttention.room(array, array) for array in ctx.saved_tensors[:3]]
+        for q, k, v, m, d, g, *parts in DropoutAttention.parts(*ctx.saved_tensors, gradient, *gradients):
+            weights, d = DropoutAttention.weights(q, k, m, scale), d.float()
+            back = product(g, v.transpose(2, 3), factor).float().mul_(d)
+            back = torch.ops.aten._softmax_backward_data(back, weights, -1, torch.float32).to(q.dtype)
+            kept = weights.mul_(d).to(v.dtype)
+            parts[0].copy_(product(back, k, scale))
+            parts[1].copy_(product(back.transpose(2, 3), q, scale))
+            parts[2].copy_(product(kept.transpose(2, 3), g, factor))
+        return *gradients, None, None, None
 
 
-class QuickDropout(TorchFunctionMode):
-    """Within, dropout on a CPU draws its random numbers several times faster than PyTorch does."""
+def quick_cross_entropy(input, target, reduction="mean", label_smoothing=0.0, **options):
+    """`torch.nn.functional.cross_entropy`; the sum over rows that all have a label is `LossSum`."""
+    weighted = options.get("weight") is not None or (target == options.get("ignore_index", IGNORED_LABEL)).any()
+    if reduction != "sum" or input.dtype != torch.float32 or weighted:
+        return cross_entropy(input, target, reduction=reduction, label_smoothing=label_smoothing, **options)
+    return LossSum.apply(input, target, label_smoothing)
+
+
+class LossSum(torch.autograd.Function):
+    """Cross entropy of `logits: float32 [K, V]` and `labels: int64 [K]`, summed; the gradient replaces the logits.
+
+    It is made with the loss, some rows at a time that stay in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, labels, smoothing):
+        """Return the sum."""
+        rows, total = max(1, CACHED_NUMBERS // logits.shape[1]), logits.new_zeros(())
+        for part, label in zip(logits.split(rows), labels.split(rows)):
+            log_p = part.log_softmax(-1)
+            total -= (1 - smoothing) * log_p.gather(1, label[:, None]).sum()
+            torch.exp(log_p, out=part)
+            if smoothing:
+                total -= smoothing * log_p.mean(-1).sum()
+                part -= smoothing / logits.shape[1]
+            part.scatter_add_(1, label[:, None], part.new_full((len(part), 1), smoothing - 1))
+        ctx.save_for_backward(logits)
+        return total
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Return the gradient of the logits."""
+        return ctx.saved_tensors[0].mul_(gradient), None, None
+
+
+class QuickFunctions(TorchFunctionMode):
+    """Within, dropout and the loss take a CPU a fraction of the time that PyTorch's functions take."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        quick = {dropout: quick_dropout, scaled_dot_product_attention: quick_attention}
+        quick = {
+            dropout: quick_dropout,
+            scaled_dot_product_attention: quick_attention,
+            cross_entropy: quick_cross_entropy,
+        }
         return quick.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -1861,7 +1940,7 @@ class MaskedLMTrainer(Trainer):
         # Not where activations are computed again in the backward pass, which runs outside of it.
         other = self.args.torch_compile or self.args.gradient_checkpointing
         quick = self.args.device.type == "cpu" and not other
-        with QuickDropout() if quick else contextlib.nullcontext():
+        with QuickFunctions() if quick else contextlib.nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         # Waits for the device, as the Trainer's own look at the loss does by default; like that, not on a TPU.
         if not (is_torch_xla_available() or torch.isfinite(loss)):
@@ -1972,7 +2051,7 @@ class MaskedLMTrainer(Trainer):
             for index in positions:
                 torch._dynamo.maybe_mark_dynamic(index, 0)  # Or the second K compiles the model anew.
         with labelled_positions_only(unwrapped, positions, self.selection):
-            return model(**inputs).logits[0], labels[positions]
+            return model(**inputs).logits.flatten(0, 1), labels[positions]  # A view: `[0]` has a backward pass.
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the sum of the losses divided by the number of masked tokens in the step; 0 where there are none."""

@@ -1439,7 +1439,7 @@ def sample_generator(seed, epoch, index):
 def mask_tokens(
     input_ids,
     special_tokens_mask,
-    generator,
+    draws,
     mask_token_id,
     vocab_size,
     mlm_probability=0.15,
@@ -1449,20 +1449,35 @@ def mask_tokens(
 ):
     """Choose the tokens to predict and hide most of them (BERT, Devlin et al. 2019, section 3.1).
 
-    Of one sample, `input_ids: integers [L]` and `special_tokens_mask: bool [L]` (never chosen), returns
-    (inputs: int32 [L], labels: int32 [L], -100 where not chosen). A chosen token becomes the mask token, a random one,
-    or stays. With `continues_word: bool [L]`, words are chosen as a whole. Draws from `generator` only.
+    Of samples laid end to end, `input_ids: integers [T]` and `special_tokens_mask: bool [T]` (never chosen), returns
+    (inputs: int32 [T], labels: int32 [T], -100 where not chosen). A chosen token becomes the mask token, a random one,
+    or stays. With `continues_word: bool [T]`, words are chosen as a whole. `mlm_probability` is a number or float [T].
+    `draws` are the samples' (random generator, length): what becomes of a sample is drawn from its own generator only.
     """
     inputs, labels = input_ids.astype(np.int32), np.full(len(input_ids), IGNORED_LABEL, np.int32)
-    chosen = generator.random(len(inputs)) < mlm_probability
+    lengths = [length for _, length in draws]
+    ends, uniform = np.cumsum(lengths), np.empty(len(input_ids))
+    for (generator, length), end in zip(draws, ends.tolist()):
+        generator.random(out=uniform[end - length : end])
+    chosen = uniform < mlm_probability
     if continues_word is not None:
-        chosen = chosen[np.maximum.accumulate(np.where(continues_word, 0, np.arange(len(inputs))))]
+        starts = np.where(continues_word, np.repeat(ends - lengths, lengths), np.arange(len(inputs)))
+        chosen = chosen[np.maximum.accumulate(starts)]
     places = np.flatnonzero(chosen & ~special_tokens_mask)
     labels[places] = inputs[places]
-    draw, random_ids = generator.random((2, len(places)))
+    counts = np.diff(np.searchsorted(places, ends), prepend=0).tolist()
+    draw, random_ids = np.hstack([generator.random((2, count)) for (generator, _), count in zip(draws, counts)])
     visible = np.where(draw < mask_replace_prob + random_replace_prob, random_ids * vocab_size, inputs[places])
     inputs[places] = np.where(draw < mask_replace_prob, mask_token_id, visible)
     return inputs, labels
+
+
+def laid_end_to_end(samples, name, default, lengths):
+    """Return a column of samples as one array [T], with the `default: [T]` where a sample lacks it."""
+    if not any(name in sample for sample in samples):
+        return default
+    parts = np.split(default, np.cumsum(lengths)[:-1])
+    return np.concatenate([np.asarray(sample.get(name, part), part.dtype) for sample, part in zip(samples, parts)])
 
 
 class MaskingCollator:
@@ -1477,44 +1492,50 @@ class MaskingCollator:
     def numpy_batch(self, examples, pad_to_multiple_of=None, pad_to_length=0):
         """Return {"input_ids", "attention_mask", "labels"}, each int32 [B, L], for samples or token lists."""
         samples = [example if isinstance(example, Mapping) else {"input_ids": example} for example in examples]
-        rows = [np.asarray(sample["input_ids"], np.int32) for sample in samples]
-        longest = max(pad_to_length, *map(len, rows))
+        rows = [np.asarray(sample["input_ids"]) for sample in samples]
+        lengths = [len(row) for row in rows]
+        longest = max(pad_to_length, *lengths)
         longest += -longest % (pad_to_multiple_of or 1)
-        if any(len(row) < longest for row in rows) and self.tokenizer.pad_token_id is None:
+        if min(lengths) < longest and self.tokenizer.pad_token_id is None:
             raise UserError("the tokenizer has no padding token, which samples of different lengths need")
-        shape = (len(rows), longest)
+        places = np.arange(longest) < np.array(lengths)[:, None]
+        places = places[:, ::-1] if self.tokenizer.padding_side == "left" else places
         batch = {
-            "input_ids": np.full(shape, self.tokenizer.pad_token_id or 0, np.int32),
-            "attention_mask": np.zeros(shape, np.int32),
-            "labels": np.full(shape, IGNORED_LABEL, np.int32),
+            "input_ids": np.full(places.shape, self.tokenizer.pad_token_id or 0, np.int32),
+            "attention_mask": places.astype(np.int32),
+            "labels": np.full(places.shape, IGNORED_LABEL, np.int32),
         }
-        for i, (sample, row) in enumerate(zip(samples, rows)):
-            first = longest - len(row) if self.tokenizer.padding_side == "left" else 0
-            place = (i, slice(first, first + len(row)))
-            batch["attention_mask"][place] = sample.get("attention_mask", 1)
-            batch["input_ids"][place], batch["labels"][place] = self.mask_sample(sample, row)
+        input_ids = np.concatenate(rows, dtype=np.int32, casting="unsafe")  # An empty list would be of floats.
+        if any("attention_mask" in sample for sample in samples):
+            attended = laid_end_to_end(samples, "attention_mask", np.ones_like(input_ids), lengths)
+            batch["attention_mask"][places] = attended
+        batch["input_ids"][places], batch["labels"][places] = self.mask_samples(samples, input_ids, lengths)
         return batch
 
-    def mask_sample(self, sample, input_ids):
-        """Return (inputs, labels), both int32 [L], of one sample."""
+    def mask_samples(self, samples, input_ids, lengths):
+        """Return (inputs, labels), both int32 [T], of samples whose `input_ids: int32 [T]` are laid end to end."""
         if not self.mlm:
             return input_ids, np.where(input_ids == self.tokenizer.pad_token_id, IGNORED_LABEL, input_ids)
-        if "index" in sample:
-            epoch, index = sample["epoch"], sample["index"]
-        else:
-            epoch, index = 0, self._samples_seen
-            self._samples_seen += 1
+        keys = [self.key(sample) for sample in samples]
+        words = laid_end_to_end(samples, "continues_word", np.zeros(len(input_ids), bool), lengths)
         return mask_tokens(
             input_ids,
-            np.asarray(sample.get("special_tokens_mask", self.is_special[input_ids]), bool),
-            sample_generator(self.seed or 0, epoch, index),
+            laid_end_to_end(samples, "special_tokens_mask", self.is_special.take(input_ids), lengths),
+            [(sample_generator(self.seed or 0, *key), length) for key, length in zip(keys, lengths)],
             mask_token_id=self.mask_token_id,
             vocab_size=self.vocab_size,
-            mlm_probability=self.probability(epoch),
+            mlm_probability=np.repeat([self.probability(epoch) for epoch, _ in keys], lengths),
             mask_replace_prob=self.mask_replace_prob,
             random_replace_prob=self.random_replace_prob,
-            continues_word=sample.get("continues_word"),
+            continues_word=words if words.any() else None,
         )
+
+    def key(self, sample):
+        """Return (epoch, index) of a sample."""
+        if "index" in sample:
+            return sample["epoch"], sample["index"]
+        self._samples_seen += 1
+        return 0, self._samples_seen - 1
 
     def probability(self, epoch):
         """Return the share of tokens to choose in an epoch."""
@@ -1568,8 +1589,9 @@ class FlaxDataCollatorForLanguageModeling(MaskingCollator):
         """Return (inputs, labels), both int32 [B, L], for `inputs: int [B, L]` and its mask of the same shape."""
         if special_tokens_mask is None:
             special_tokens_mask = self.is_special[inputs]
-        pairs = [self.mask_sample({"special_tokens_mask": mask}, row) for mask, row in zip(special_tokens_mask, inputs)]
-        return tuple(np.stack(part) for part in zip(*pairs))
+        samples = [{"special_tokens_mask": mask} for mask in special_tokens_mask]
+        pair = self.mask_samples(samples, np.asarray(inputs, np.int32).ravel(), [inputs.shape[1]] * len(inputs))
+        return tuple(array.reshape(inputs.shape) for array in pair)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_quick_dropout_keeps_the_type_of_its_input():
 def test_the_mode_replaces_pytorchs_functions_and_only_within():
     inputs = torch.ones(1, 2, 3, 4)
     with mock.patch.object(run_mlm, "keep_mask", wraps=run_mlm.keep_mask) as draws:
-        with run_mlm.QuickDropout():
+        with run_mlm.QuickFunctions():
             functional.dropout(inputs, 0.5)
             torch.nn.Dropout(0.5)(inputs)
             functional.scaled_dot_product_attention(inputs, inputs, inputs, dropout_p=0.5)
@@ -110,10 +110,10 @@ def attention(query, key, value, mask, keep, dropout_p, scale=None):
     return (scores.softmax(-1) * keep / (1 - dropout_p)) @ value
 
 
-def make_inputs(dtype=torch.float32, keys=9):
-    """Return Q: [5, 2, 7, 4], K and V: [5, 2, keys, 4], and what to keep: uint8 [5, 2, 7, keys]."""
+def make_inputs(dtype=torch.float32, keys=9, width=4):
+    """Return Q: [5, 2, 7, 4], K: [5, 2, keys, 4], V: [5, 2, keys, width], and what to keep: uint8 [5, 2, 7, keys]."""
     generator = torch.Generator().manual_seed(0)
-    shapes = (5, 2, 7, 4), (5, 2, keys, 4), (5, 2, keys, 4)
+    shapes = (5, 2, 7, 4), (5, 2, keys, 4), (5, 2, keys, width)
     parts = [torch.randn(shape, generator=generator, dtype=dtype).requires_grad_() for shape in shapes]
     return parts, torch.randint(0, 2, (5, 2, 7, keys), generator=generator, dtype=torch.uint8)
 
@@ -130,14 +130,14 @@ def make_mask(kind, shape):
     return allowed if kind == "bool" else torch.zeros(shape).masked_fill(~allowed, torch.finfo(torch.float32).min)
 
 
-def compare(mask, part=2**20, dtype=torch.float32, **settings):
+def compare(mask, part=2**20, dtype=torch.float32, width=4, **settings):
     """Check output and gradients of `quick_attention` against the second implementation."""
     results = []
     for function in (run_mlm.quick_attention, attention):
-        parts, keep = make_inputs(dtype)
+        parts, keep = make_inputs(dtype, width=width)
         with (
             mock.patch.object(run_mlm, "keep_mask", return_value=keep),
-            mock.patch.object(run_mlm, "ATTENTION_PART", part),
+            mock.patch.object(run_mlm, "CACHED_NUMBERS", part),
         ):
             options = settings if function is run_mlm.quick_attention else {**settings, "keep": keep}
             output = function(*parts, mask, dropout_p=0.25, **options)
@@ -168,6 +168,7 @@ def test_masks_of_fewer_dimensions_are_broadcast_as_by_pytorch(shape, part):
 def test_attention_of_other_scales_and_types():
     compare(make_mask("float", (5, 1, 7, 9)), scale=0.3)
     compare(None, dtype=torch.float64)
+    compare(None, width=3)
 
 
 @pytest.mark.parametrize("kind", ["bool", "float"])

@@ -21,7 +21,7 @@ few = settings(max_examples=40, deadline=None)
 def masked(script, row, key=(0, 0, 0), special=None, **options):
     """Return the inputs and labels of one row."""
     special = np.zeros(len(row), bool) if special is None else special
-    return script.mask_tokens(row, special, script.sample_generator(*key), MASK, VOCABULARY, **options)
+    return script.mask_tokens(row, special, [(script.sample_generator(*key), len(row))], MASK, VOCABULARY, **options)
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +73,8 @@ def test_masks_do_not_depend_on_the_batch(collators, lengths, batch_size, data):
         {"input_ids": generator.integers(5, 60, length).astype(np.int32), "epoch": 2, "index": 10 * i}
         for i, length in enumerate(lengths)
     ]
+    for sample, length in zip(samples, lengths) if data.draw(st.booleans()) else ():
+        sample["continues_word"] = generator.random(length) < 0.5  # The first token as well, as in joined rows.
     order = data.draw(st.permutations(range(len(samples))))
     for collate in collators:
         alone = [collate([sample]) for sample in samples]

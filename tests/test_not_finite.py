@@ -15,13 +15,13 @@ def diverging(model_folder, text_files, output, **changes):
 @pytest.fixture
 def seen(script, monkeypatch):
     """The indices of the training samples in the order in which they are masked."""
-    indices, mask_sample = [], script.MaskingCollator.mask_sample
+    indices, mask_samples = [], script.MaskingCollator.mask_samples
 
-    def record(collator, sample, input_ids):
-        indices.append(sample["index"])
-        return mask_sample(collator, sample, input_ids)
+    def record(collator, samples, *args):
+        indices.extend(sample["index"] for sample in samples)
+        return mask_samples(collator, samples, *args)
 
-    monkeypatch.setattr(script.MaskingCollator, "mask_sample", record)
+    monkeypatch.setattr(script.MaskingCollator, "mask_samples", record)
     return indices
 
 

@@ -76,7 +76,7 @@ def test_chinese_words_are_masked_whole_from_end_to_end(script, chinese, tmp_pat
     shares = set()
     for epoch, i in itertools.product(range(40), range(len(dataset))):
         sample = dataset[epoch * len(dataset) + i]
-        labels = collator.mask_sample(sample, sample["input_ids"])[1]
+        labels = collator.mask_samples([sample], sample["input_ids"], [len(sample["input_ids"])])[1]
         chosen = np.split(labels >= 0, np.flatnonzero(~sample["continues_word"]))
         shares |= {float(word.mean()) for word in chosen if len(word)}
     assert shares == {0.0, 1.0}

@@ -19,8 +19,8 @@ WATCHED = """
 import os, signal, sys
 import run_mlm_flax
 
-collated, mask_sample = [], run_mlm_flax.MaskingCollator.mask_sample
-run_mlm_flax.MaskingCollator.mask_sample = lambda *args: collated.append(1) or mask_sample(*args)
+collated, mask_samples = [], run_mlm_flax.MaskingCollator.mask_samples
+run_mlm_flax.MaskingCollator.mask_samples = lambda *args: collated.extend(args[1]) or mask_samples(*args)
 stop_at, device_batch = int(os.environ.get("STOP_AT", 0)), run_mlm_flax.Run.device_batch
 batches = []
 

@@ -228,17 +228,17 @@ def test_resumed_run_equals_the_uninterrupted_one(script, small_model, files, tm
 def test_a_stopped_run_is_resumed(script, small_model, files, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     script.main(stream_flags(small_model, files, whole, line_by_line="true"))
-    masked = script.MaskingCollator.mask_sample
+    masked = script.MaskingCollator.mask_samples
 
-    def send_signal(self, sample, input_ids):
-        if isinstance(sample.get("epoch"), int) and sample["epoch"] == 1 and not (stopped / "sent").exists():
+    def send_signal(self, samples, *args):
+        if any(sample.get("epoch") == 1 for sample in samples) and not (stopped / "sent").exists():
             (stopped / "sent").touch()
             os.kill(os.getpid(), signal.SIGTERM)
-        return masked(self, sample, input_ids)
+        return masked(self, samples, *args)
 
     stopped.mkdir()
     with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
-        patch.setattr(script.MaskingCollator, "mask_sample", send_signal)
+        patch.setattr(script.MaskingCollator, "mask_samples", send_signal)
         script.main(stream_flags(small_model, files, stopped, line_by_line="true", save_strategy="no"))
     (stopped / "sent").unlink()
     (checkpoint,) = stopped.glob("checkpoint-*")

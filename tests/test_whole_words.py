@@ -123,7 +123,8 @@ def test_the_masked_share_of_real_text_is_what_was_asked_for(make, kind, line_by
     masked = 0
     for epoch in range(epochs):
         for sample in samples:
-            labels = collator.mask_sample({**sample, "epoch": epoch}, sample["input_ids"])[1]
+            ids = sample["input_ids"]
+            labels = collator.mask_samples([{**sample, "epoch": epoch}], ids, [len(ids)])[1]
             masked += np.count_nonzero(labels >= 0)
     assert masked / (epochs * words.sum()) == pytest.approx(probability, rel=0.01)
 
@@ -138,7 +139,7 @@ def test_words_are_chosen_whole_and_hidden_token_by_token(script, make, tmp_path
     mixed = 0
     for i in range(len(dataset)):
         sample = dataset[i]
-        inputs, labels = collator.mask_sample(sample, sample["input_ids"])
+        inputs, labels = collator.mask_samples([sample], sample["input_ids"], [len(sample["input_ids"])])
         special = collator.is_special[sample["input_ids"]]
         words = np.cumsum(~sample["continues_word"])
         for word in np.unique(words):

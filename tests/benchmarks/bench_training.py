@@ -87,8 +87,8 @@ ABLATIONS = {
     "ours, torch.compile": Variant(backends="torch", flags=["--torch_compile"]),
     "ours, fused AdamW off": Variant(backends="torch", flags=["--optim", "adamw_torch"]),
     "ours, no clipping": Variant(flags=["--max_grad_norm", "0"]),
-    "ours, PyTorch's dropout": Variant(
-        backends="torch", patches=[lambda script: setattr(script, "QuickDropout", contextlib.nullcontext)]
+    "ours, PyTorch's dropout and loss": Variant(
+        backends="torch", patches=[lambda script: setattr(script, "QuickFunctions", contextlib.nullcontext)]
     ),
     "ours, huge pages": Variant(environment={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
     "ours, no dropout": Variant(flags=["--dropout_rate", "0"]),
