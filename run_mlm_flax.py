@@ -1153,6 +1153,9 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
         raise UserError("--whole_word_mask needs a fast tokenizer, which knows the words; see --use_fast_tokenizer")
     tokenized = {}
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_val_samples}
+    # Not of the class: `inspect` would parse the whole file to find it.
+    parts = group_texts, text_array, *filter(inspect.isfunction, vars(TextEncoder).values())
+    code = [inspect.getsource(part) for part in parts]
     for split, raw in raw_datasets.items():
         if isinstance(raw, datasets.IterableDataset):
             raw = with_features(raw) if split == "train" else read_stream(raw, limits[split])
@@ -1165,7 +1168,6 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
             continue
         recipe = [tokenizer_identity(tokenizer), column, data_args.line_by_line, max_seq_length, words]
         recipe += [] if data_args.line_by_line else [data_args.preprocessing_num_workers]  # Each drops a rest.
-        code = [inspect.getsource(part) for part in (TextEncoder, group_texts, text_array)]
         with data_errors(split, data_args):
             dataset = raw.with_format("arrow").map(
                 encoder,

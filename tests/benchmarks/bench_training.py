@@ -85,10 +85,11 @@ ABLATIONS = {
     "ours, stock collator": Variant(changes=[stock_collator]),
     "ours, 2 data workers": Variant(backends="torch", flags=["--dataloader_num_workers", "2"]),
     "ours, torch.compile": Variant(backends="torch", flags=["--torch_compile"]),
-    "ours, fused AdamW off": Variant(backends="torch", flags=["--optim", "adamw_torch"]),
-    "ours, no clipping": Variant(flags=["--max_grad_norm", "0"]),
     "ours, PyTorch's dropout and loss": Variant(
         backends="torch", patches=[lambda script: setattr(script, "QuickFunctions", contextlib.nullcontext)]
+    ),
+    "ours, PyTorch's loss": Variant(
+        backends="torch", patches=[lambda script: setattr(script, "quick_cross_entropy", script.cross_entropy)]
     ),
     "ours, huge pages": Variant(environment={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}),
     "ours, no dropout": Variant(flags=["--dropout_rate", "0"]),
