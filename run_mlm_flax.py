@@ -1482,6 +1482,15 @@ def laid_end_to_end(samples, name, default, lengths):
     return np.concatenate([np.asarray(sample.get(name, part), part.dtype) for sample, part in zip(samples, parts)])
 
 
+def spread(values, places, padding):
+    """Return int32 [B, L]: the `values: int32 [T]` at the T `places: bool [B, L]`, elsewhere the padding."""
+    if len(values) == places.size:
+        return values.reshape(places.shape)
+    array = np.full(places.shape, padding, np.int32)
+    array[places] = values
+    return array
+
+
 class MaskingCollator:
     """Pad samples into one batch and mask it, in NumPy; the dataclasses below it bring the settings.
 
@@ -1493,7 +1502,8 @@ class MaskingCollator:
 
     def numpy_batch(self, examples, pad_to_multiple_of=None, pad_to_length=0):
         """Return {"input_ids", "attention_mask", "labels"}, each int32 [B, L], for samples or token lists."""
-        samples = [example if isinstance(example, Mapping) else {"input_ids": example} for example in examples]
+        # A dict is known at once, another Mapping after a search.
+        samples = [example if isinstance(example, (dict, Mapping)) else {"input_ids": example} for example in examples]
         rows = [np.asarray(sample["input_ids"]) for sample in samples]
         lengths = [len(row) for row in rows]
         longest = max(pad_to_length, *lengths)
@@ -1502,17 +1512,14 @@ class MaskingCollator:
             raise UserError("the tokenizer has no padding token, which samples of different lengths need")
         places = np.arange(longest) < np.array(lengths)[:, None]
         places = places[:, ::-1] if self.tokenizer.padding_side == "left" else places
-        batch = {
-            "input_ids": np.full(places.shape, self.tokenizer.pad_token_id or 0, np.int32),
-            "attention_mask": places.astype(np.int32),
-            "labels": np.full(places.shape, IGNORED_LABEL, np.int32),
-        }
         input_ids = np.concatenate(rows, dtype=np.int32, casting="unsafe")  # An empty list would be of floats.
-        if any("attention_mask" in sample for sample in samples):
-            attended = laid_end_to_end(samples, "attention_mask", np.ones_like(input_ids), lengths)
-            batch["attention_mask"][places] = attended
-        batch["input_ids"][places], batch["labels"][places] = self.mask_samples(samples, input_ids, lengths)
-        return batch
+        attended = laid_end_to_end(samples, "attention_mask", np.ones_like(input_ids), lengths)
+        inputs, labels = self.mask_samples(samples, input_ids, lengths)
+        return {
+            "input_ids": spread(inputs, places, self.tokenizer.pad_token_id),
+            "attention_mask": spread(attended, places, 0),
+            "labels": spread(labels, places, IGNORED_LABEL),
+        }
 
     def mask_samples(self, samples, input_ids, lengths):
         """Return (inputs, labels), both int32 [T], of samples whose `input_ids: int32 [T]` are laid end to end."""
