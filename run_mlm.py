@@ -1084,9 +1084,9 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
         raise UserError("--whole_word_mask needs a fast tokenizer, which knows the words; see --use_fast_tokenizer")
     tokenized = {}
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_val_samples}
-    # Not of the class: `inspect` would parse the whole file to find it.
-    parts = group_texts, text_array, *filter(inspect.isfunction, vars(TextEncoder).values())
-    code = [inspect.getsource(part) for part in parts]
+    code = [
+        inspect.getsource(part) for part in (TextEncoder, group_texts, text_array)
+    ]  # Once: it parses all of this file.
     for split, raw in raw_datasets.items():
         if isinstance(raw, datasets.IterableDataset):
             raw = with_features(raw) if split == "train" else read_stream(raw, limits[split])
@@ -1404,11 +1404,11 @@ def mask_tokens(
 
 
 def laid_end_to_end(samples, name, default, lengths):
-    """Return a column of samples as one array [T], with the `default: [T]` where a sample lacks it."""
-    if not any(name in sample for sample in samples):
-        return default
-    parts = np.split(default, np.cumsum(lengths)[:-1])
-    return np.concatenate([np.asarray(sample.get(name, part), part.dtype) for sample, part in zip(samples, parts)])
+    """Return the `default: [T]` with a column of samples written over it, where a sample has it."""
+    if any(name in sample for sample in samples):
+        for sample, part in zip(samples, np.split(default, np.cumsum(lengths)[:-1])):
+            part[:] = sample.get(name, part)
+    return default
 
 
 def spread(values, places, padding):
@@ -1433,7 +1433,8 @@ class MaskingCollator:
         """Return {"input_ids", "attention_mask", "labels"}, each int32 [B, L], for samples or token lists."""
         # A dict is known at once, another Mapping after a search.
         samples = [example if isinstance(example, (dict, Mapping)) else {"input_ids": example} for example in examples]
-        rows = [np.asarray(sample["input_ids"]) for sample in samples]
+        rows = [sample["input_ids"] for sample in samples]
+        rows = [row if isinstance(row, np.ndarray) else np.asarray(row, np.int32) for row in rows]
         lengths = [len(row) for row in rows]
         longest = max(pad_to_length, *lengths)
         longest += -longest % (pad_to_multiple_of or 1)
@@ -1441,7 +1442,7 @@ class MaskingCollator:
             raise UserError("the tokenizer has no padding token, which samples of different lengths need")
         places = np.arange(longest) < np.array(lengths)[:, None]
         places = places[:, ::-1] if self.tokenizer.padding_side == "left" else places
-        input_ids = np.concatenate(rows, dtype=np.int32, casting="unsafe")  # An empty list would be of floats.
+        input_ids = np.concatenate(rows, dtype=np.int32)
         attended = laid_end_to_end(samples, "attention_mask", np.ones_like(input_ids), lengths)
         inputs, labels = self.mask_samples(samples, input_ids, lengths)
         return {
@@ -1774,10 +1775,11 @@ def quick_dropout(input, p=0.5, training=True, inplace=False):
 
 def quick_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
     """`scaled_dot_product_attention`; with dropout it is `DropoutAttention`."""
-    special = False  # A row that attends to nothing, or a mask that is learned.
+    # A row that attends to nothing, a mask that is learned, keys or values for several samples or heads.
+    special = not query.shape[:2] == key.shape[:2] == value.shape[:2]
     if attn_mask is not None:
         blocked = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask == -math.inf
-        special = attn_mask.requires_grad or blocked.all(-1).any()
+        special |= bool(attn_mask.requires_grad or blocked.all(-1).any())
     if is_causal or special or options.get("enable_gqa") or query.ndim != 4 or not 0 < dropout_p < 1:
         return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
     if attn_mask is not None:
@@ -1785,13 +1787,14 @@ def quick_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=
         if attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros(attn_mask.shape).masked_fill(~attn_mask, -math.inf)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return DropoutAttention.apply(query, key, value, attn_mask, 1 - dropout_p, scale)
+    return DropoutAttention.apply(query, key, value, attn_mask, 1 - dropout_p, scale).transpose(1, 2)
 
 
 class DropoutAttention(torch.autograd.Function):
-    """(softmax(scale Q K^T + mask) * keep / probability) V for Q, K, V: [B, heads, L, H / heads], sample by sample.
+    """(softmax(scale Q K^T + mask) * keep / probability) V for Q, K, V: [B, heads, L, H / heads].
 
-    The weights stay in the processor's cache, and the backward pass computes them again instead of keeping them.
+    The result is [B, L, heads, H / heads]. A few samples are computed at a time, so that their weights stay in the
+    processor's cache where one sample's fit, and the backward pass computes the weights again instead of keeping them.
     """
 
     @staticmethod
@@ -1816,21 +1819,16 @@ class DropoutAttention(torch.autograd.Function):
         return (scores if mask is None else scores.add_(mask)).softmax(-1)
 
     @staticmethod
-    def room(rows, columns):
-        """Return an empty array for numbers like Q, laid out in memory as a model makes Q: [B, L, heads, H / heads]."""
-        batch, heads, length = rows.shape[:3]
-        return columns.new_empty(batch, length, heads, columns.shape[3]).transpose(1, 2)
-
-    @staticmethod
     def forward(ctx, query, key, value, mask, probability, scale):
-        """Draw what to keep and return the attention's output, like Q."""
+        """Draw what to keep and return the attention's output."""
         mask = None if mask is None else mask.expand(len(query), *mask.shape[1:])
         keep = keep_mask((*query.shape[:3], key.shape[2]), probability)
         ctx.save_for_backward(query, key, value, mask, keep)
         ctx.factors = scale, 1 / probability
-        output = DropoutAttention.room(query, value)
+        batch, heads, length = query.shape[:3]
+        output = value.new_empty(batch, length, heads, value.shape[3])  # No view, which could not be changed in place.
         with torch.autocast("cpu", enabled=False):
-            for q, k, v, m, d, out in DropoutAttention.parts(query, key, value, mask, keep, output):
+            for q, k, v, m, d, out in DropoutAttention.parts(query, key, value, mask, keep, output.transpose(1, 2)):
                 kept = DropoutAttention.weights(q, k, m, scale).mul_(d.float()).to(v.dtype)
                 out.copy_(DropoutAttention.product(kept, v, 1 / probability))
         return output
@@ -1839,7 +1837,8 @@ class DropoutAttention(torch.autograd.Function):
     def backward(ctx, gradient):
         """Return the gradients of Q, K and V."""
         product, (scale, factor) = DropoutAttention.product, ctx.factors
-        gradients = [DropoutAttention.room(array, array) for array in ctx.saved_tensors[:3]]
+        gradients = [torch.empty_like(array) for array in ctx.saved_tensors[:3]]
+        gradient = gradient.transpose(1, 2)
         for q, k, v, m, d, g, *parts in DropoutAttention.parts(*ctx.saved_tensors, gradient, *gradients):
             weights, d = DropoutAttention.weights(q, k, m, scale), d.float()
             back = product(g, v.transpose(2, 3), factor).float().mul_(d)
@@ -1851,23 +1850,16 @@ class DropoutAttention(torch.autograd.Function):
         return *gradients, None, None, None
 
 
-def quick_cross_entropy(input, target, reduction="mean", label_smoothing=0.0, **options):
-    """`torch.nn.functional.cross_entropy`; the sum over rows that all have a label is `LossSum`."""
-    weighted = options.get("weight") is not None or (target == options.get("ignore_index", IGNORED_LABEL)).any()
-    if reduction != "sum" or input.dtype != torch.float32 or weighted:
-        return cross_entropy(input, target, reduction=reduction, label_smoothing=label_smoothing, **options)
-    return LossSum.apply(input, target, label_smoothing)
-
-
 class LossSum(torch.autograd.Function):
-    """Cross entropy of `logits: float32 [K, V]` and `labels: int64 [K]`, summed; the gradient replaces the logits.
+    """Cross entropy of `logits: float32 [K, V]` and `labels: int64 [K]`, summed; nobody else may use the logits.
 
-    It is made with the loss, some rows at a time that stay in the processor's cache.
+    Their gradient takes their memory. It is made with the loss, some rows at a time that fit in the processor's cache.
     """
 
     @staticmethod
     def forward(ctx, logits, labels, smoothing):
         """Return the sum."""
+        assert logits.shape[:-1] == labels.shape
         rows, total = max(1, CACHED_NUMBERS // logits.shape[1]), logits.new_zeros(())
         for part, label in zip(logits.split(rows), labels.split(rows)):
             log_p = part.log_softmax(-1)
@@ -1881,20 +1873,17 @@ class LossSum(torch.autograd.Function):
         return total
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, gradient):
         """Return the gradient of the logits."""
         return ctx.saved_tensors[0].mul_(gradient), None, None
 
 
-class QuickFunctions(TorchFunctionMode):
-    """Within, dropout and the loss take a CPU a fraction of the time that PyTorch's functions take."""
+class QuickDropout(TorchFunctionMode):
+    """Within, dropout, attention's too, takes a CPU a fraction of the time that PyTorch's functions take."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        quick = {
-            dropout: quick_dropout,
-            scaled_dot_product_attention: quick_attention,
-            cross_entropy: quick_cross_entropy,
-        }
+        quick = {dropout: quick_dropout, scaled_dot_product_attention: quick_attention}
         return quick.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -1949,7 +1938,7 @@ class MaskedLMTrainer(Trainer):
         # Not where activations are computed again in the backward pass, which runs outside of it.
         other = self.args.torch_compile or self.args.gradient_checkpointing
         quick = self.args.device.type == "cpu" and not other
-        with QuickFunctions() if quick else contextlib.nullcontext():
+        with QuickDropout() if quick else contextlib.nullcontext():
             loss = super().training_step(model, inputs, num_items_in_batch)
         # Waits for the device, as the Trainer's own look at the loss does by default; like that, not on a TPU.
         if not (is_torch_xla_available() or torch.isfinite(loss)):
@@ -2060,12 +2049,16 @@ class MaskedLMTrainer(Trainer):
             for index in positions:
                 torch._dynamo.maybe_mark_dynamic(index, 0)  # Or the second K compiles the model anew.
         with labelled_positions_only(unwrapped, positions, self.selection):
-            return model(**inputs).logits.flatten(0, 1), labels[positions]  # A view: `[0]` has a backward pass.
+            return model(**inputs).logits.flatten(0, 1), labels[positions]  # The gradient of `[0]` would be a copy.
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the sum of the losses divided by the number of masked tokens in the step; 0 where there are none."""
         logits, labels = self.labelled_logits(model, inputs)
-        loss = cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=self.args.label_smoothing_factor)
+        smoothing = self.args.label_smoothing_factor
+        if logits.device.type == "cpu" and logits.requires_grad and not return_outputs:
+            loss = LossSum.apply(logits.float(), labels, smoothing)
+        else:
+            loss = cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
         if num_items_in_batch is None:
             num_items_in_batch = torch.tensor(len(labels))
         loss = loss / num_items_in_batch.clamp(min=1).to(loss.device)

@@ -1153,9 +1153,9 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
         raise UserError("--whole_word_mask needs a fast tokenizer, which knows the words; see --use_fast_tokenizer")
     tokenized = {}
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_val_samples}
-    # Not of the class: `inspect` would parse the whole file to find it.
-    parts = group_texts, text_array, *filter(inspect.isfunction, vars(TextEncoder).values())
-    code = [inspect.getsource(part) for part in parts]
+    code = [
+        inspect.getsource(part) for part in (TextEncoder, group_texts, text_array)
+    ]  # Once: it parses all of this file.
     for split, raw in raw_datasets.items():
         if isinstance(raw, datasets.IterableDataset):
             raw = with_features(raw) if split == "train" else read_stream(raw, limits[split])
@@ -1475,11 +1475,11 @@ def mask_tokens(
 
 
 def laid_end_to_end(samples, name, default, lengths):
-    """Return a column of samples as one array [T], with the `default: [T]` where a sample lacks it."""
-    if not any(name in sample for sample in samples):
-        return default
-    parts = np.split(default, np.cumsum(lengths)[:-1])
-    return np.concatenate([np.asarray(sample.get(name, part), part.dtype) for sample, part in zip(samples, parts)])
+    """Return the `default: [T]` with a column of samples written over it, where a sample has it."""
+    if any(name in sample for sample in samples):
+        for sample, part in zip(samples, np.split(default, np.cumsum(lengths)[:-1])):
+            part[:] = sample.get(name, part)
+    return default
 
 
 def spread(values, places, padding):
@@ -1504,7 +1504,8 @@ class MaskingCollator:
         """Return {"input_ids", "attention_mask", "labels"}, each int32 [B, L], for samples or token lists."""
         # A dict is known at once, another Mapping after a search.
         samples = [example if isinstance(example, (dict, Mapping)) else {"input_ids": example} for example in examples]
-        rows = [np.asarray(sample["input_ids"]) for sample in samples]
+        rows = [sample["input_ids"] for sample in samples]
+        rows = [row if isinstance(row, np.ndarray) else np.asarray(row, np.int32) for row in rows]
         lengths = [len(row) for row in rows]
         longest = max(pad_to_length, *lengths)
         longest += -longest % (pad_to_multiple_of or 1)
@@ -1512,7 +1513,7 @@ class MaskingCollator:
             raise UserError("the tokenizer has no padding token, which samples of different lengths need")
         places = np.arange(longest) < np.array(lengths)[:, None]
         places = places[:, ::-1] if self.tokenizer.padding_side == "left" else places
-        input_ids = np.concatenate(rows, dtype=np.int32, casting="unsafe")  # An empty list would be of floats.
+        input_ids = np.concatenate(rows, dtype=np.int32)
         attended = laid_end_to_end(samples, "attention_mask", np.ones_like(input_ids), lengths)
         inputs, labels = self.mask_samples(samples, input_ids, lengths)
         return {
@@ -1599,7 +1600,7 @@ class FlaxDataCollatorForLanguageModeling(MaskingCollator):
         if special_tokens_mask is None:
             special_tokens_mask = self.is_special[inputs]
         samples = [{"special_tokens_mask": mask} for mask in special_tokens_mask]
-        pair = self.mask_samples(samples, np.asarray(inputs, np.int32).ravel(), [inputs.shape[1]] * len(inputs))
+        pair = self.mask_samples(samples, np.array(inputs, np.int32).ravel(), [inputs.shape[1]] * len(inputs))
         return tuple(array.reshape(inputs.shape) for array in pair)
 
 

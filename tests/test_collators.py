@@ -104,6 +104,20 @@ def test_a_given_special_tokens_mask_is_obeyed(tokenizer, encoded, make):
 
 
 @pytest.mark.parametrize("make", [run_mlm.MaskedLMCollator, FlaxCollator])
+@pytest.mark.parametrize("name", ["attention_mask", "special_tokens_mask", "continues_word"])
+def test_a_mask_of_another_length_is_an_error_also_where_the_sum_is_right(tokenizer, make, name):
+    samples = [{"input_ids": [5] * 10, name: [0] * 9}, {"input_ids": [6] * 7, name: [0] * 8}]
+    with pytest.raises(ValueError):
+        make(tokenizer)(samples)
+
+
+@pytest.mark.parametrize("make", [run_mlm.MaskedLMCollator, FlaxCollator])
+def test_token_ids_that_are_no_int32_are_an_error(tokenizer, make):
+    with pytest.raises(OverflowError):
+        make(tokenizer)([[2**33, 6, 7]])
+
+
+@pytest.mark.parametrize("make", [run_mlm.MaskedLMCollator, FlaxCollator])
 def test_samples_without_a_key_get_masks_of_their_own(tokenizer, make):
     collate = make(tokenizer, mlm_probability=0.5)
     row = list(range(5, 45))

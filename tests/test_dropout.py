@@ -87,7 +87,7 @@ def test_quick_dropout_keeps_the_type_of_its_input():
 def test_the_mode_replaces_pytorchs_functions_and_only_within():
     inputs = torch.ones(1, 2, 3, 4)
     with mock.patch.object(run_mlm, "keep_mask", wraps=run_mlm.keep_mask) as draws:
-        with run_mlm.QuickFunctions():
+        with run_mlm.QuickDropout():
             functional.dropout(inputs, 0.5)
             torch.nn.Dropout(0.5)(inputs)
             functional.scaled_dot_product_attention(inputs, inputs, inputs, dropout_p=0.5)
@@ -182,7 +182,9 @@ def test_a_query_that_may_attend_to_nothing_gets_zero_as_from_pytorch(kind):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-@pytest.mark.parametrize("case", ["learned mask", "causal", "grouped heads", "three dimensions", "no dropout"])
+@pytest.mark.parametrize(
+    "case", ["learned mask", "causal", "grouped heads", "shared keys", "three dimensions", "no dropout"]
+)
 def test_what_is_not_quick_is_left_to_pytorch(case):
     (query, key, value), _ = make_inputs(keys=7)
     settings = {"dropout_p": 0.25}
@@ -192,6 +194,8 @@ def test_what_is_not_quick_is_left_to_pytorch(case):
         settings["is_causal"] = True
     elif case == "grouped heads":
         key, value, settings["enable_gqa"] = key[:, :1], value[:, :1], True
+    elif case == "shared keys":
+        key = key[:1]
     elif case == "three dimensions":
         query, key, value = query[0], key[0], value[0]
     else:
@@ -205,6 +209,13 @@ def test_what_is_not_quick_is_left_to_pytorch(case):
     if case == "learned mask":
         results[0].sum().backward()
         assert settings["attn_mask"].grad is not None
+
+
+def test_the_output_can_be_changed_in_place():
+    parts, _ = make_inputs(keys=7)
+    output = run_mlm.quick_attention(*parts, dropout_p=0.25)
+    (output.transpose(1, 2).contiguous().add_(1) * 2).sum().backward()  # As the models take it.
+    assert all(array.grad is not None for array in parts)
 
 
 def test_bfloat16_under_autocast_is_near_float32():
