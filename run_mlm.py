@@ -1397,7 +1397,8 @@ def mask_tokens(
     places = np.flatnonzero(chosen & ~special_tokens_mask)
     labels[places] = inputs[places]
     counts = np.diff(np.searchsorted(places, ends), prepend=0).tolist()
-    draw, random_ids = np.hstack([generator.random((2, count)) for (generator, _), count in zip(draws, counts)])
+    drawn = [generator.random((2, count)) for (generator, _), count in zip(draws, counts)]
+    draw, random_ids = np.concatenate(drawn, axis=1)
     visible = np.where(draw < mask_replace_prob + random_replace_prob, random_ids * vocab_size, inputs[places])
     inputs[places] = np.where(draw < mask_replace_prob, mask_token_id, visible)
     return inputs, labels
