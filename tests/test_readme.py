@@ -11,18 +11,7 @@ from conftest import ROOT, SCRIPTS, read_json
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Flags of other programs that README shows.
-FOREIGN_FLAGS = {
-    "help",
-    "write",
-    "nproc_per_node",
-    "shape",
-    "rounds",
-    "steps",
-    "warm_up",
-    "ablation",
-    "backend",
-    "variants",
-}
+FOREIGN_FLAGS = {"help", "write", "nproc_per_node", "shape", "rounds", "steps", "warm_up", "backend", "ablation"}
 FOREIGN_FLAGS |= {
     "mode",
     "evaluation",
