@@ -17,6 +17,7 @@ Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. Imports and constants
 # ---------------------------------------------------------------------------------------------------------------------
+import atexit
 import contextlib
 import copy
 import difflib
@@ -2849,6 +2850,12 @@ def guess(trainer):
     return best_guesses(trainer.processing_class, sentences, picked.float().cpu().numpy())
 
 
+def leave_process_group():
+    """End the connections to the other processes of a run; left to the end of the process, they may make it fail."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def num_training_steps(trainer):
     """Return the optimizer steps of the whole run."""
     args = trainer.args
@@ -2906,6 +2913,7 @@ def main(argv=None):
             save_results(trainer, "eval", eval_metrics)
             metrics |= eval_metrics
         publish_model(argv, model_args, data_args, training_args, facts, metrics)
+        atexit.register(leave_process_group)
         return metrics
 
 
