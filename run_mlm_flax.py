@@ -1153,9 +1153,8 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
         raise UserError("--whole_word_mask needs a fast tokenizer, which knows the words; see --use_fast_tokenizer")
     tokenized = {}
     limits = {"train": data_args.max_train_samples, "validation": data_args.max_val_samples}
-    code = [
-        inspect.getsource(part) for part in (TextEncoder, group_texts, text_array)
-    ]  # Once: it parses all of this file.
+    # Once for all splits: it parses all of this file.
+    code = [inspect.getsource(part) for part in (TextEncoder, group_texts, text_array)]
     for split, raw in raw_datasets.items():
         if isinstance(raw, datasets.IterableDataset):
             raw = with_features(raw) if split == "train" else read_stream(raw, limits[split])

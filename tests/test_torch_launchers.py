@@ -4,9 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 import safetensors.torch
+import torch
 from conftest import ROOT, flags, make_model, read_json, sentences, write_lines
 
 import run_mlm
@@ -178,3 +180,16 @@ def test_a_mistake_of_the_user_ends_all(work):
     assert done.returncode != 0
     assert "error: --train_file none.txt: no such file" in done.stderr
     assert not (work / "output").exists()
+
+
+def test_the_process_group_is_left_at_the_end_of_a_process(tmp_path):
+    lines = write_lines(tmp_path / "train.txt", sentences(10))
+    model = make_model(tmp_path / "model", num_hidden_layers=1)
+    with mock.patch.object(run_mlm.atexit, "register") as register:
+        run_mlm.main(flags(model_name_or_path=model, validation_file=lines, output_dir=tmp_path / "o", do_eval=True))
+    assert mock.call(run_mlm.leave_process_group) in register.call_args_list
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    assert torch.distributed.is_initialized()
+    for _ in range(2):
+        run_mlm.leave_process_group()
+        assert not torch.distributed.is_initialized()
