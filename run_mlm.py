@@ -65,10 +65,8 @@ from transformers import (
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations import TensorBoardCallback
 from transformers.utils import check_min_version, is_torch_xla_available
-from transformers.utils.versions import require_version
 
 check_min_version("4.57.6")
-require_version("datasets>=5.0.1", "To fix: pip install -r requirements.txt")
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +108,7 @@ EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of
 ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other numbers than masks do.
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 1. Arguments ---------------------------------------------------------------------------------------------------
 class UserError(Exception):
     """A mistake in the arguments or the input: reported in one line, with exit status 2."""
 
@@ -121,32 +117,18 @@ class UserError(Exception):
 class ModelArguments:
     """Which model, configuration and tokenizer to use, and where to get them."""
 
-    model_name_or_path: Optional[str] = HfArg(
-        default=None, help="Model to start from: a hub name or a folder. Omit it to train from scratch."
-    )
-    model_type: Optional[str] = HfArg(
-        default=None, help="Architecture to train from scratch: " + ", ".join(MODEL_TYPES) + "."
-    )
-    config_name: Optional[str] = HfArg(
-        default=None, help="Configuration name or folder, if it differs from model_name_or_path."
-    )
-    config_overrides: Optional[str] = HfArg(
-        default=None, help="Changes to the configuration of a new model: num_hidden_layers=2,hidden_size=128"
-    )
-    tokenizer_name: Optional[str] = HfArg(
-        default=None, help="Tokenizer name or folder, if it differs from model_name_or_path."
-    )
+    model_name_or_path: Optional[str] = HfArg(default=None, help="Model to start from: a hub name or a folder.")
+    model_type: Optional[str] = HfArg(default=None, help=f"Architecture of a new model: {', '.join(MODEL_TYPES)}.")
+    config_name: Optional[str] = HfArg(default=None, help="Configuration: a name or a folder (default: the model's).")
+    config_overrides: Optional[str] = HfArg(default=None, help="Changes for a new model: hidden_size=128,...")
+    tokenizer_name: Optional[str] = HfArg(default=None, help="Tokenizer: a name or a folder (default: the model's).")
     cache_dir: Optional[str] = HfArg(default=None, help="Folder for downloaded models and prepared data sets.")
     use_fast_tokenizer: bool = HfArg(default=True, help="Use the fast (Rust) tokenizer if there is one.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model on the hub.")
     token: Optional[str] = HfArg(default=None, repr=False, help="Hub token, for private models and data sets.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub token stored by `hf auth login`.")
-    dropout_rate: Optional[float] = HfArg(
-        default=None, help="Every dropout probability of the model (default: those of its configuration)."
-    )
-    dense_head: bool = HfArg(
-        default=False, help="Compute the vocabulary logits at every position, not only at the masked ones."
-    )
+    dropout_rate: Optional[float] = HfArg(default=None, help="Every dropout probability of the model.")
+    dense_head: bool = HfArg(default=False, help="Compute the vocabulary logits at every position.")
 
     @property
     def hub_options(self):
@@ -166,50 +148,28 @@ class DataTrainingArguments:
     dataset_name: Optional[str] = HfArg(default=None, help="Data set: a hub name or a folder.")
     dataset_config_name: Optional[str] = HfArg(default=None, help="Configuration of the data set.")
     train_file: Optional[list[str]] = HfArg(
-        default=None,
-        help=f"Training text: files or globs, one of {', '.join(FILE_FORMATS)}, optionally packed (.gz, .zst).",
+        default=None, help=f"Training text, files or globs: {', '.join(FILE_FORMATS)}, also packed (.gz, .zst)."
     )
     validation_file: Optional[list[str]] = HfArg(default=None, help="Validation text, in the same formats.")
     train_ref_file: Optional[str] = HfArg(
-        default=None,
-        help="Word references of train_file, for Chinese whole-word masking line by line: line i is a JSON list of "
-        "the token positions ([CLS] is position 0) that belong to the word of the token before them.",
+        default=None, help="Word references of train_file: per line, a JSON list of the tokens that continue a word."
     )
-    validation_ref_file: Optional[str] = HfArg(
-        default=None, help="Word references of validation_file, in the same format."
-    )
-    text_column_name: Optional[str] = HfArg(
-        default=None, help="Column that holds the text (default: `text`, or else the first column)."
-    )
+    validation_ref_file: Optional[str] = HfArg(default=None, help="Word references of validation_file.")
+    text_column_name: Optional[str] = HfArg(default=None, help="Text column (default: text, or else the first one).")
     overwrite_cache: bool = HfArg(default=False, help="Tokenize again even if a cached result exists.")
     validation_split_percentage: Optional[int] = HfArg(
         default=5, help="Percentage of the training data used for validation if there is no validation data."
     )
-    max_seq_length: Optional[int] = HfArg(
-        default=None, help="Tokens per sample (default: what the tokenizer and the model allow, at most 1024)."
-    )
-    preprocessing_num_workers: Optional[int] = HfArg(
-        default=None, help="Processes that tokenize (default: one process, which uses all cores)."
-    )
+    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: at most 1024).")
+    preprocessing_num_workers: Optional[int] = HfArg(default=None, help="Processes that tokenize.")
     mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
-    eval_mlm_probability: Optional[float] = HfArg(
-        default=None, help="The same share in evaluation (default: mlm_probability)."
-    )
+    eval_mlm_probability: Optional[float] = HfArg(default=None, help="The same share in evaluation.")
     mask_replace_prob: float = HfArg(default=0.8, help="Share of the chosen tokens that become the mask token.")
-    random_replace_prob: float = HfArg(
-        default=0.1, help="Share of the chosen tokens that become a random token; the others stay unchanged."
-    )
-    whole_word_mask: bool = HfArg(default=False, help="Choose whole words, not single tokens (needs a fast tokenizer).")
-    line_by_line: bool = HfArg(
-        default=LINE_BY_LINE_DEFAULT,
-        help="Each text is a sample (true), or texts are joined and cut into full rows (false).",
-    )
-    pad_to_max_length: bool = HfArg(
-        default=False, help="Pad every batch to max_seq_length (default: to its longest sample)."
-    )
-    streaming: bool = HfArg(
-        default=False, help="Tokenize while training reads, for text larger than disk or memory (needs max_steps)."
-    )
+    random_replace_prob: float = HfArg(default=0.1, help="Share of the chosen tokens that become a random one.")
+    whole_word_mask: bool = HfArg(default=False, help="Choose whole words (needs a fast tokenizer).")
+    line_by_line: bool = HfArg(default=LINE_BY_LINE_DEFAULT, help="Each text is a sample; else texts are joined.")
+    pad_to_max_length: bool = HfArg(default=False, help="Pad every batch to max_seq_length.")
+    streaming: bool = HfArg(default=False, help="Tokenize while training reads the text (needs max_steps).")
     shuffle_buffer_size: int = HfArg(default=10_000, help="Samples that are shuffled together with streaming.")
     max_train_samples: Optional[int] = HfArg(default=None, help="Use only the first N training samples.")
     max_val_samples: Optional[int] = HfArg(
@@ -227,12 +187,8 @@ class TrainingArguments(transformers.TrainingArguments):
     """The Trainer's arguments, with the short batch-size names of the Flax script."""
 
     output_dir: Optional[str] = HfArg(default=None, help="Folder for the model, checkpoints, results and logs.")
-    per_device_train_batch_size: int = HfArg(
-        default=8, help="Training batch size per device.", aliases=["--train_batch_size"]
-    )
-    per_device_eval_batch_size: int = HfArg(
-        default=8, help="Evaluation batch size per device.", aliases=["--eval_batch_size"]
-    )
+    per_device_train_batch_size: int = HfArg(default=8, help="Batch size per device.", aliases=["--train_batch_size"])
+    per_device_eval_batch_size: int = HfArg(default=8, help="The same in evaluation.", aliases=["--eval_batch_size"])
     report_to: Optional[list[str]] = HfArg(default=None, help="Where to log: all, tensorboard, wandb, none, ...")
     # Transformers 5 has dropped these: they are documented, shared with the Flax script, or given by `xla_spawn`.
     overwrite_output_dir: bool = HfArg(default=False, help="Overwrite the contents of output_dir.")
@@ -329,28 +285,17 @@ def check_args(model_args, data_args, training_args):
                     raise UserError(f"--{name} {value} is outside {interval}")
     model, data, training = model_args, data_args, training_args
     references = data.train_ref_file or data.validation_ref_file
-    new_model = model.config_name or model.model_type
+    new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES)
+    replaced = data.mask_replace_prob + data.random_replace_prob
     requirements = [
         (training.output_dir, "--output_dir is required"),
         (model.model_name_or_path or new_model, "no model: give --model_name_or_path, --config_name or --model_type"),
         (model.model_name_or_path or model.tokenizer_name, "a new model needs --tokenizer_name"),
-        (
-            not (model.model_name_or_path and model.config_overrides),
-            "--config_overrides is for new models; remove it or --model_name_or_path",
-        ),
-        (
-            model.model_type in (None, *MODEL_TYPES),
-            f"--model_type {model.model_type} is not one of {', '.join(MODEL_TYPES)}",
-        ),
+        (not (model.model_name_or_path and model.config_overrides), "--config_overrides is for new models only"),
+        (model.model_type in (None, *MODEL_TYPES), f"--model_type {model.model_type}: not one of {known_types}"),
         (data.dataset_name or data.train_file or data.validation_file, "no data: give --train_file or --dataset_name"),
-        (
-            data.dataset_name or data.train_file or not training.do_train,
-            "--do_train needs --train_file or --dataset_name",
-        ),
-        (
-            0 < data.mask_replace_prob + data.random_replace_prob <= 1,
-            "--mask_replace_prob and --random_replace_prob must add up to more than 0 and at most 1",
-        ),
+        (data.dataset_name or data.train_file or not training.do_train, "--do_train needs --train_file"),
+        (0 < replaced <= 1, f"--mask_replace_prob and --random_replace_prob add up to {replaced:g}, outside (0, 1]"),
         (data.train_file or not data.train_ref_file, "--train_ref_file needs --train_file"),
         (data.validation_file or not data.validation_ref_file, "--validation_ref_file needs --validation_file"),
         (data.line_by_line or not references, "reference files need --line_by_line true"),
@@ -396,9 +341,7 @@ def exit_on_user_error(main):
     return wrapped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2. Data --------------------------------------------------------------------------------------------------------
 def load_raw_datasets(model_args, data_args):
     """Return {"train", "validation"}, or the one that exists, of raw text; iterable data sets with `--streaming`.
 
@@ -746,9 +689,7 @@ def threefry(key, high, low):
     return high, low
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Masking
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 3. Masking -----------------------------------------------------------------------------------------------------
 def sample_generator(seed, epoch, index):
     """Return the random generator of a sample in an epoch: the same one wherever and whenever it is asked for."""
     return np.random.default_rng((seed, epoch, index))
@@ -859,9 +800,7 @@ class MaskedLMCollator(MaskingCollator, DataCollatorForLanguageModeling):
         return {name: torch.from_numpy(array).long() for name, array in batch.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 4. Model -------------------------------------------------------------------------------------------------------
 def load_tokenizer(model_args):
     """Return the tokenizer; raises `UserError` if it has no mask token."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
@@ -924,9 +863,7 @@ def load_tensorflow_model(path, config):
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 5. Training ----------------------------------------------------------------------------------------------------
 class EpochSampler(torch.utils.data.Sampler):
     """Yields the keys of a `TokenizedDataset` in the order of the epoch, or the samples of a `StreamedDataset`."""
 
@@ -1147,8 +1084,7 @@ class Checkpointing(TrainerCallback):
         """Check and log the steps to come."""
         if state.global_step > state.max_steps:
             raise UserError(f"checkpoint-{state.global_step} is already past the {state.max_steps} steps asked for")
-        batch = args.train_batch_size, args.gradient_accumulation_steps, args.world_size
-        log_training(self.trainer.model.num_parameters(), state.max_steps, args.learning_rate, batch)
+        log_training(args, self.trainer.model.num_parameters(), state.max_steps, args.learning_rate)
         self.on_evaluate(args, state, control)
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -1189,9 +1125,7 @@ def mean_metrics(loss, hits, count):
         return {"loss": mean, "accuracy": float(hits) / max(int(count), 1), "perplexity": float(np.exp(mean))}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 6. Run ---------------------------------------------------------------------------------------------------------
 def write_json(path, content):
     """Write a JSON file that is either complete or absent."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
@@ -1236,12 +1170,11 @@ def find_checkpoint(training_args):
                 f"--resume_from_checkpoint {named}: {checkpoints[-1][1]} is newer; use another --output_dir"
             )
         return matching[0]
-    content = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    if training_args.overwrite_output_dir or content <= {"runs", "logs", ".lock"}:
+    content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", ".lock"}
+    if training_args.overwrite_output_dir:
         return 0, None
     complete = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
-    others = {name for name in content if not name.startswith("checkpoint-")} - {"runs", "logs", ".lock"}
-    if not checkpoints and (complete or others):
+    if not checkpoints and (complete or not all(name.startswith("checkpoint-") for name in content)):
         raise UserError(f"--output_dir {folder} is not empty; use another folder or --overwrite_output_dir")
     return checkpoints[-1] if checkpoints else (0, None)  # None: the run was killed while it wrote its first one.
 
@@ -1289,14 +1222,12 @@ def setup_logging(training_args):
         transformers.utils.logging.set_verbosity_error()
 
 
-def log_training(num_parameters, num_steps, learning_rate, batch):
-    """Log the size of the training ahead; `batch` is (samples, accumulation steps, devices)."""
-    samples, accumulation, devices = batch
+def log_training(args, num_parameters, num_steps, learning_rate):
+    """Log the size of the training ahead."""
+    samples, accumulated, size = args.train_batch_size, args.gradient_accumulation_steps, args.global_batch_size
+    devices = size // (samples * accumulated)
     logger.info(f"training: {num_parameters:,} parameters, {num_steps:,} steps, peak learning rate {learning_rate:.3g}")
-    logger.info(
-        f"batch: {samples * accumulation * devices:,} samples per step ({samples} x {accumulation} accumulated x "
-        f"{devices} devices)"
-    )
+    logger.info(f"batch: {size:,} samples per step ({samples} x {accumulated} accumulated x {devices} devices)")
 
 
 def warn_if_slow(bf16):
@@ -1331,12 +1262,10 @@ def mean_logged_loss(log_history):
 def build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
     """Return the `Trainer`."""
     warn_if_slow(training_args.bf16 and training_args.device.type == "cpu")
+    masking = ("mlm_probability", "eval_mlm_probability", "mask_replace_prob", "random_replace_prob")
     collator = MaskedLMCollator(
         tokenizer,
-        mlm_probability=data_args.mlm_probability,
-        eval_mlm_probability=data_args.eval_mlm_probability,
-        mask_replace_prob=data_args.mask_replace_prob,
-        random_replace_prob=data_args.random_replace_prob,
+        **{name: getattr(data_args, name) for name in masking},
         seed=training_args.seed,
         pad_to_multiple_of=8 if training_args.fp16 else None,
         length=max_seq_length if data_args.pad_to_max_length else 0,
@@ -1418,9 +1347,7 @@ def publish(trainer, model_args, data_args):
         trainer.push_to_hub(**card)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Main
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 7. Main --------------------------------------------------------------------------------------------------------
 @exit_on_user_error
 def main(argv=None):
     """Run what the arguments ask for and return all metrics."""

@@ -32,7 +32,6 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional
 
@@ -69,7 +68,6 @@ from transformers import (
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import check_min_version
-from transformers.utils.versions import require_version
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -79,7 +77,6 @@ except ImportError:
     EventFileWriter = None
 
 check_min_version("4.57.6")
-require_version("datasets>=5.0.1", "To fix: pip install -r requirements.txt")
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +120,7 @@ EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of
 ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other numbers than masks do.
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Arguments
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 1. Arguments ---------------------------------------------------------------------------------------------------
 class UserError(Exception):
     """A mistake in the arguments or the input: reported in one line, with exit status 2."""
 
@@ -134,32 +129,18 @@ class UserError(Exception):
 class ModelArguments:
     """Which model, configuration and tokenizer to use, and where to get them."""
 
-    model_name_or_path: Optional[str] = HfArg(
-        default=None, help="Model to start from: a hub name or a folder. Omit it to train from scratch."
-    )
-    model_type: Optional[str] = HfArg(
-        default=None, help="Architecture to train from scratch: " + ", ".join(MODEL_TYPES) + "."
-    )
-    config_name: Optional[str] = HfArg(
-        default=None, help="Configuration name or folder, if it differs from model_name_or_path."
-    )
-    config_overrides: Optional[str] = HfArg(
-        default=None, help="Changes to the configuration of a new model: num_hidden_layers=2,hidden_size=128"
-    )
-    tokenizer_name: Optional[str] = HfArg(
-        default=None, help="Tokenizer name or folder, if it differs from model_name_or_path."
-    )
+    model_name_or_path: Optional[str] = HfArg(default=None, help="Model to start from: a hub name or a folder.")
+    model_type: Optional[str] = HfArg(default=None, help=f"Architecture of a new model: {', '.join(MODEL_TYPES)}.")
+    config_name: Optional[str] = HfArg(default=None, help="Configuration: a name or a folder (default: the model's).")
+    config_overrides: Optional[str] = HfArg(default=None, help="Changes for a new model: hidden_size=128,...")
+    tokenizer_name: Optional[str] = HfArg(default=None, help="Tokenizer: a name or a folder (default: the model's).")
     cache_dir: Optional[str] = HfArg(default=None, help="Folder for downloaded models and prepared data sets.")
     use_fast_tokenizer: bool = HfArg(default=True, help="Use the fast (Rust) tokenizer if there is one.")
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model on the hub.")
     token: Optional[str] = HfArg(default=None, repr=False, help="Hub token, for private models and data sets.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub token stored by `hf auth login`.")
-    dropout_rate: Optional[float] = HfArg(
-        default=None, help="Every dropout probability of the model (default: those of its configuration)."
-    )
-    dense_head: bool = HfArg(
-        default=False, help="Compute the vocabulary logits at every position, not only at the masked ones."
-    )
+    dropout_rate: Optional[float] = HfArg(default=None, help="Every dropout probability of the model.")
+    dense_head: bool = HfArg(default=False, help="Compute the vocabulary logits at every position.")
 
     @property
     def hub_options(self):
@@ -179,50 +160,28 @@ class DataTrainingArguments:
     dataset_name: Optional[str] = HfArg(default=None, help="Data set: a hub name or a folder.")
     dataset_config_name: Optional[str] = HfArg(default=None, help="Configuration of the data set.")
     train_file: Optional[list[str]] = HfArg(
-        default=None,
-        help=f"Training text: files or globs, one of {', '.join(FILE_FORMATS)}, optionally packed (.gz, .zst).",
+        default=None, help=f"Training text, files or globs: {', '.join(FILE_FORMATS)}, also packed (.gz, .zst)."
     )
     validation_file: Optional[list[str]] = HfArg(default=None, help="Validation text, in the same formats.")
     train_ref_file: Optional[str] = HfArg(
-        default=None,
-        help="Word references of train_file, for Chinese whole-word masking line by line: line i is a JSON list of "
-        "the token positions ([CLS] is position 0) that belong to the word of the token before them.",
+        default=None, help="Word references of train_file: per line, a JSON list of the tokens that continue a word."
     )
-    validation_ref_file: Optional[str] = HfArg(
-        default=None, help="Word references of validation_file, in the same format."
-    )
-    text_column_name: Optional[str] = HfArg(
-        default=None, help="Column that holds the text (default: `text`, or else the first column)."
-    )
+    validation_ref_file: Optional[str] = HfArg(default=None, help="Word references of validation_file.")
+    text_column_name: Optional[str] = HfArg(default=None, help="Text column (default: text, or else the first one).")
     overwrite_cache: bool = HfArg(default=False, help="Tokenize again even if a cached result exists.")
     validation_split_percentage: Optional[int] = HfArg(
         default=5, help="Percentage of the training data used for validation if there is no validation data."
     )
-    max_seq_length: Optional[int] = HfArg(
-        default=None, help="Tokens per sample (default: what the tokenizer and the model allow, at most 1024)."
-    )
-    preprocessing_num_workers: Optional[int] = HfArg(
-        default=None, help="Processes that tokenize (default: one process, which uses all cores)."
-    )
+    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: at most 1024).")
+    preprocessing_num_workers: Optional[int] = HfArg(default=None, help="Processes that tokenize.")
     mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
-    eval_mlm_probability: Optional[float] = HfArg(
-        default=None, help="The same share in evaluation (default: mlm_probability)."
-    )
+    eval_mlm_probability: Optional[float] = HfArg(default=None, help="The same share in evaluation.")
     mask_replace_prob: float = HfArg(default=0.8, help="Share of the chosen tokens that become the mask token.")
-    random_replace_prob: float = HfArg(
-        default=0.1, help="Share of the chosen tokens that become a random token; the others stay unchanged."
-    )
-    whole_word_mask: bool = HfArg(default=False, help="Choose whole words, not single tokens (needs a fast tokenizer).")
-    line_by_line: bool = HfArg(
-        default=LINE_BY_LINE_DEFAULT,
-        help="Each text is a sample (true), or texts are joined and cut into full rows (false).",
-    )
-    pad_to_max_length: bool = HfArg(
-        default=False, help="Pad every batch to max_seq_length (default: to its longest sample)."
-    )
-    streaming: bool = HfArg(
-        default=False, help="Tokenize while training reads, for text larger than disk or memory (needs max_steps)."
-    )
+    random_replace_prob: float = HfArg(default=0.1, help="Share of the chosen tokens that become a random one.")
+    whole_word_mask: bool = HfArg(default=False, help="Choose whole words (needs a fast tokenizer).")
+    line_by_line: bool = HfArg(default=LINE_BY_LINE_DEFAULT, help="Each text is a sample; else texts are joined.")
+    pad_to_max_length: bool = HfArg(default=False, help="Pad every batch to max_seq_length.")
+    streaming: bool = HfArg(default=False, help="Tokenize while training reads the text (needs max_steps).")
     shuffle_buffer_size: int = HfArg(default=10_000, help="Samples that are shuffled together with streaming.")
     max_train_samples: Optional[int] = HfArg(default=None, help="Use only the first N training samples.")
     max_val_samples: Optional[int] = HfArg(
@@ -243,12 +202,8 @@ class TrainingArguments:
     overwrite_output_dir: bool = HfArg(default=False, help="Overwrite the contents of output_dir.")
     do_train: bool = HfArg(default=False, help="Train.")
     do_eval: bool = HfArg(default=False, help="Evaluate.")
-    train_batch_size: int = HfArg(
-        default=8, help="Training batch size per device.", aliases=["--per_device_train_batch_size"]
-    )
-    eval_batch_size: int = HfArg(
-        default=8, help="Evaluation batch size per device.", aliases=["--per_device_eval_batch_size"]
-    )
+    train_batch_size: int = HfArg(default=8, help="Batch size per device.", aliases=["--per_device_train_batch_size"])
+    eval_batch_size: int = HfArg(default=8, help="The same in evaluation.", aliases=["--per_device_eval_batch_size"])
     gradient_accumulation_steps: int = HfArg(default=1, help="Batches per optimizer step.")
     learning_rate: float = HfArg(default=5e-5, help="Base learning rate.")
     weight_decay: float = HfArg(default=0.0, help="Weight decay of AdamW (not of biases and layer norms).")
@@ -259,8 +214,7 @@ class TrainingArguments:
     num_train_epochs: float = HfArg(default=3.0, help="Passes over the training data.")
     max_steps: int = HfArg(default=-1, help="Number of optimizer steps; overrides num_train_epochs if above 0.")
     lr_scheduler_type: str = HfArg(
-        default="constant * linear_warmup * rsqrt_decay",
-        help=f"One of {', '.join(SCHEDULES)}, or factors of create_learning_rate_scheduler joined by *.",
+        default="constant * linear_warmup * rsqrt_decay", help=f"{', '.join(SCHEDULES)}, or factors joined by *."
     )
     warmup_steps: int = HfArg(default=0, help="Steps of linear warmup.")
     label_smoothing_factor: float = HfArg(default=0.0, help="Label smoothing of the training loss.")
@@ -271,19 +225,15 @@ class TrainingArguments:
     logging_steps: int = HfArg(default=500, help="Steps between reports of the training loss.")
     save_strategy: Literal["no", "steps", "epoch"] = HfArg(default="steps", help="When to save a checkpoint.")
     save_steps: int = HfArg(default=500, help="Steps between checkpoints with save_strategy steps.")
-    save_total_limit: Optional[int] = HfArg(default=None, help="Keep at most this many checkpoints; delete the oldest.")
-    resume_from_checkpoint: Optional[str] = HfArg(
-        default=None, help="Checkpoint to resume from (default: the newest complete one in output_dir)."
-    )
+    save_total_limit: Optional[int] = HfArg(default=None, help="Keep at most this many checkpoints, the newest.")
+    resume_from_checkpoint: Optional[str] = HfArg(default=None, help="Checkpoint (default: the newest in output_dir).")
     seed: int = HfArg(default=42, help="Seed of new weights, dropout, order and masks.")
     bf16: bool = HfArg(default=False, help="Compute in bfloat16; the weights stay float32.")
     push_to_hub: bool = HfArg(default=False, help="Upload the model, its card and results to the hub after training.")
     hub_model_id: Optional[str] = HfArg(default=None, help="Hub repository (default: the name of output_dir).")
     hub_token: Optional[str] = HfArg(default=None, repr=False, help="Hub token for the upload (default: HF_TOKEN).")
     hub_private_repo: Optional[bool] = HfArg(default=None, help="Make a new repository private.")
-    coordinator_address: Optional[str] = HfArg(
-        default=None, help="Address (host:port) of process 0, for multi-process training."
-    )
+    coordinator_address: Optional[str] = HfArg(default=None, help="Address (host:port) of process 0, if several run.")
     num_processes: Optional[int] = HfArg(default=None, help="Number of processes; 1 disables cluster detection.")
     process_id: Optional[int] = HfArg(default=None, help="Rank of this process, starting at 0.")
 
@@ -297,11 +247,6 @@ class TrainingArguments:
         """Whether this is the main process."""
         # Asking JAX starts its threads, after which tokenizing in several processes is not safe.
         return not jax.distributed.is_initialized() or jax.process_index() == 0
-
-    @property
-    def dtype(self):
-        """What the model computes in."""
-        return jnp.bfloat16 if self.bf16 else jnp.float32
 
     @property
     def global_batch_size(self):
@@ -372,28 +317,17 @@ def check_args(model_args, data_args, training_args):
                     raise UserError(f"--{name} {value} is outside {interval}")
     model, data, training = model_args, data_args, training_args
     references = data.train_ref_file or data.validation_ref_file
-    new_model = model.config_name or model.model_type
+    new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES)
+    replaced = data.mask_replace_prob + data.random_replace_prob
     requirements = [
         (training.output_dir, "--output_dir is required"),
         (model.model_name_or_path or new_model, "no model: give --model_name_or_path, --config_name or --model_type"),
         (model.model_name_or_path or model.tokenizer_name, "a new model needs --tokenizer_name"),
-        (
-            not (model.model_name_or_path and model.config_overrides),
-            "--config_overrides is for new models; remove it or --model_name_or_path",
-        ),
-        (
-            model.model_type in (None, *MODEL_TYPES),
-            f"--model_type {model.model_type} is not one of {', '.join(MODEL_TYPES)}",
-        ),
+        (not (model.model_name_or_path and model.config_overrides), "--config_overrides is for new models only"),
+        (model.model_type in (None, *MODEL_TYPES), f"--model_type {model.model_type}: not one of {known_types}"),
         (data.dataset_name or data.train_file or data.validation_file, "no data: give --train_file or --dataset_name"),
-        (
-            data.dataset_name or data.train_file or not training.do_train,
-            "--do_train needs --train_file or --dataset_name",
-        ),
-        (
-            0 < data.mask_replace_prob + data.random_replace_prob <= 1,
-            "--mask_replace_prob and --random_replace_prob must add up to more than 0 and at most 1",
-        ),
+        (data.dataset_name or data.train_file or not training.do_train, "--do_train needs --train_file"),
+        (0 < replaced <= 1, f"--mask_replace_prob and --random_replace_prob add up to {replaced:g}, outside (0, 1]"),
         (data.train_file or not data.train_ref_file, "--train_ref_file needs --train_file"),
         (data.validation_file or not data.validation_ref_file, "--validation_ref_file needs --validation_file"),
         (data.line_by_line or not references, "reference files need --line_by_line true"),
@@ -439,9 +373,7 @@ def exit_on_user_error(main):
     return wrapped
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 2. Data
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 2. Data --------------------------------------------------------------------------------------------------------
 def load_raw_datasets(model_args, data_args):
     """Return {"train", "validation"}, or the one that exists, of raw text; iterable data sets with `--streaming`.
 
@@ -765,9 +697,7 @@ def epoch_permutation(seed, epoch, num_samples):
         return np.asarray(jax.random.permutation(key, num_samples), np.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Masking
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 3. Masking -----------------------------------------------------------------------------------------------------
 def sample_generator(seed, epoch, index):
     """Return the random generator of a sample in an epoch: the same one wherever and whenever it is asked for."""
     return np.random.default_rng((seed, epoch, index))
@@ -880,9 +810,7 @@ class FlaxDataCollatorForLanguageModeling(MaskingCollator):
         return tuple(np.stack(part) for part in zip(*rows))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Model
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 4. Model -------------------------------------------------------------------------------------------------------
 def load_tokenizer(model_args):
     """Return the tokenizer; raises `UserError` if it has no mask token."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
@@ -924,10 +852,8 @@ def load_config(model_args, tokenizer):
 
 def load_model(model_args, config, tokenizer, training_args, checkpoint=None):
     """Return the masked-LM model: that of a checkpoint, pretrained, or with random weights; it fits the tokenizer."""
-    name, options = (
-        checkpoint or model_args.model_name_or_path,
-        {"dtype": training_args.dtype, "seed": training_args.seed},
-    )
+    name = checkpoint or model_args.model_name_or_path
+    options = {"dtype": jnp.bfloat16 if training_args.bf16 else jnp.float32, "seed": training_args.seed}
     if checkpoint:
         config.vocab_size = len(tokenizer)  # The model was resized before it was saved.
     with user_errors(f"the model {name or config.model_type}"):
@@ -970,9 +896,7 @@ def pytorch_weights(params):
     return weights
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Training
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 5. Training ----------------------------------------------------------------------------------------------------
 def create_learning_rate_scheduler(
     factors="constant * linear_warmup * rsqrt_decay",
     base_learning_rate=0.5,
@@ -981,10 +905,7 @@ def create_learning_rate_scheduler(
     steps_per_decay=20000,
     steps_per_cycle=100000,
 ):
-    """Return step -> learning rate, the product of factors named in a string and joined by `*` (Flax, examples/lm1b).
-
-    No warmup counts as one step of it. Raises `ValueError` for an unknown factor.
-    """
+    """Return step -> learning rate: the product of named factors (Flax, examples/lm1b); `ValueError` if unknown."""
     warmup = max(1, warmup_steps)
 
     def cosine(step):
@@ -1026,14 +947,12 @@ def create_schedule(args, num_steps):
 
 def create_optimizer(args, schedule):
     """Return AdamW after clipping by the global norm; biases and layer norms do not decay, as in the Trainer."""
-    adamw = optax.adamw(
-        schedule,
-        b1=args.adam_beta1,
-        b2=args.adam_beta2,
-        eps=args.adam_epsilon,
-        weight_decay=args.weight_decay,
-        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
-    )
+
+    def decays(params):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+    betas = {"b1": args.adam_beta1, "b2": args.adam_beta2, "eps": args.adam_epsilon}
+    adamw = optax.adamw(schedule, **betas, weight_decay=args.weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(args.max_grad_norm or math.inf), adamw)
 
 
@@ -1044,10 +963,7 @@ def compute_metrics(logits, labels, weights, label_smoothing=0.0):
 
 
 def accuracy(logits, targets, weights=None):
-    """Return the weighted number of positions whose highest logit is the target's.
-
-    `logits: [..., V]`, `targets: int [...]`; raises `ValueError` for other shapes.
-    """
+    """Return the weighted hits for `logits: [..., V]`, `targets: int [...]`; raises `ValueError` for other shapes."""
     check_shapes(logits, targets)
     hits = jnp.argmax(logits, -1) == targets
     return jnp.sum(hits if weights is None else hits * weights)
@@ -1085,11 +1001,7 @@ def mean_metrics(loss, hits, count):
 
 
 def fast_dropout(module, inputs):
-    """Do what `nn.Dropout` does in training, with cheaper random bits.
-
-    They are a hash ("lowbias32") of each element's position and a key. XLA computes it where it is used; the bits of
-    `jax.random.bits` are written to memory first, which takes a twentieth of a step on a CPU.
-    """
+    """Do what `nn.Dropout` does in training; its bits, a hash ("lowbias32") of position and key, are not written."""
     shape = [1 if i in module.broadcast_dims else size for i, size in enumerate(inputs.shape)]
     words = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     for key in jax.random.bits(module.make_rng(module.rng_collection), (2,), jnp.uint32):
@@ -1203,35 +1115,24 @@ def generate_batch_splits(samples_idx, batch_size, drop_last=True):
 
 
 def label_slots(labels, probability):
-    """Return a K that the labels [..., B, L] fit in, the same for almost every batch of a shape: it is compiled for.
-
-    Five standard deviations above the expected number of labels, or a multiple of that if there are more.
-    """
+    """Return a K that the labels [..., B, L] fit in, the same for almost every batch: each K is a compilation."""
     tokens = labels.shape[-2] * labels.shape[-1]
     expected = tokens * probability
+    # Five standard deviations above the expected number, or a multiple of that if there are more labels.
     slots = 8 * math.ceil((expected + 5 * math.sqrt(expected * (1 - probability))) / 8)
     most = int((labels >= 0).sum((-2, -1)).max())
     return min(tokens, slots * max(1, math.ceil(most / slots)))
 
 
 def select_labels(labels, slots):
-    """Return {"positions", "labels"}: int32 [..., K], the positions in B * L with a label of `labels: [..., B, L]`.
-
-    K is `slots`; what is left of it has position 0 and label -100.
-    """
+    """Return {"positions" in B * L, "labels"}, int32 [..., K]: those with a label first, then others; K is `slots`."""
     flat = labels.reshape(-1, labels.shape[-2] * labels.shape[-1])
-    positions = np.zeros((len(flat), slots), np.int32)
-    kept = np.full((len(flat), slots), IGNORED_LABEL, np.int32)
-    for i, row in enumerate(flat):
-        found = np.flatnonzero(row >= 0)
-        positions[i, : len(found)], kept[i, : len(found)] = found, row[found]
-    shape = (*labels.shape[:-2], slots)
-    return {"positions": positions.reshape(shape), "labels": kept.reshape(shape)}
+    positions = np.argsort(flat < 0, axis=1, kind="stable")[:, :slots].astype(np.int32)
+    selected = {"positions": positions, "labels": np.take_along_axis(flat, positions, 1)}
+    return {name: array.reshape(*labels.shape[:-2], slots) for name, array in selected.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 6. Run
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 6. Run ---------------------------------------------------------------------------------------------------------
 def write_json(path, content):
     """Write a JSON file that is either complete or absent."""
     with open(f"{path}.tmp", "w", encoding="utf-8") as file:
@@ -1276,12 +1177,11 @@ def find_checkpoint(training_args):
                 f"--resume_from_checkpoint {named}: {checkpoints[-1][1]} is newer; use another --output_dir"
             )
         return matching[0]
-    content = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-    if training_args.overwrite_output_dir or content <= {"runs", "logs", ".lock"}:
+    content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", ".lock"}
+    if training_args.overwrite_output_dir:
         return 0, None
     complete = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
-    others = {name for name in content if not name.startswith("checkpoint-")} - {"runs", "logs", ".lock"}
-    if not checkpoints and (complete or others):
+    if not checkpoints and (complete or not all(name.startswith("checkpoint-") for name in content)):
         raise UserError(f"--output_dir {folder} is not empty; use another folder or --overwrite_output_dir")
     return checkpoints[-1] if checkpoints else (0, None)  # None: the run was killed while it wrote its first one.
 
@@ -1329,14 +1229,12 @@ def setup_logging(training_args):
         transformers.utils.logging.set_verbosity_error()
 
 
-def log_training(num_parameters, num_steps, learning_rate, batch):
-    """Log the size of the training ahead; `batch` is (samples, accumulation steps, devices)."""
-    samples, accumulation, devices = batch
+def log_training(args, num_parameters, num_steps, learning_rate):
+    """Log the size of the training ahead."""
+    samples, accumulated, size = args.train_batch_size, args.gradient_accumulation_steps, args.global_batch_size
+    devices = size // (samples * accumulated)
     logger.info(f"training: {num_parameters:,} parameters, {num_steps:,} steps, peak learning rate {learning_rate:.3g}")
-    logger.info(
-        f"batch: {samples * accumulation * devices:,} samples per step ({samples} x {accumulation} accumulated x "
-        f"{devices} devices)"
-    )
+    logger.info(f"batch: {size:,} samples per step ({samples} x {accumulated} accumulated x {devices} devices)")
 
 
 def warn_if_slow(bf16):
@@ -1416,11 +1314,6 @@ class SummaryWriter:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
             self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
 
-    def close(self):
-        """Write what is pending."""
-        if self.writer:
-            self.writer.close()
-
 
 @dataclass
 class Run:
@@ -1437,17 +1330,11 @@ class Run:
     step: int = 0
     log_history: list = field(default_factory=list)
     timer: tuple = (0, 0.0)  # Step and time from which `tokens_per_second` is measured.
-    writer: Optional[SummaryWriter] = None
 
-    @functools.cached_property
-    def apply_fn(self) -> Callable:
-        """The forward pass, as the steps call it."""
-        return functools.partial(masked_logits, model=self.model, sparse_start=self.sparse_start)
-
-    @functools.cached_property
-    def eval_step(self) -> Callable:
-        """The compiled evaluation step."""
-        return jax.pmap(functools.partial(eval_step, apply_fn=self.apply_fn), "batch")
+    def __post_init__(self):
+        self.apply_fn = functools.partial(masked_logits, model=self.model, sparse_start=self.sparse_start)
+        self.eval_step = jax.pmap(functools.partial(eval_step, apply_fn=self.apply_fn), "batch")
+        self.writer = SummaryWriter(os.path.join(self.args.output_dir, "logs")) if self.args.should_log else None
 
     @property
     def steps_per_epoch(self):
@@ -1508,32 +1395,15 @@ class Run:
 def build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
     """Return the `Run`."""
     warn_if_slow(training_args.bf16 and jax.default_backend() == "cpu")
-    collator = FlaxDataCollatorForLanguageModeling(
-        tokenizer,
-        mlm_probability=data_args.mlm_probability,
-        eval_mlm_probability=data_args.eval_mlm_probability,
-        mask_replace_prob=data_args.mask_replace_prob,
-        random_replace_prob=data_args.random_replace_prob,
-        seed=training_args.seed,
-    )
+    masking = ("mlm_probability", "eval_mlm_probability", "mask_replace_prob", "random_replace_prob")
+    settings = {name: getattr(data_args, name) for name in masking}
+    collator = FlaxDataCollatorForLanguageModeling(tokenizer, seed=training_args.seed, **settings)
     with user_errors(f"{type(model).__name__} fails on a first batch"):
         sparse_start = None if model_args.dense_head else find_sparse_start(model, collator, max_seq_length)
-    writer = None
-    if training_args.should_log:
-        writer = SummaryWriter(os.path.join(training_args.output_dir, "logs"))
-        if training_args.push_to_hub:
-            create_repository(training_args)  # Fails before the training, not after it.
-    return Run(
-        args=training_args,
-        model=model,
-        tokenizer=tokenizer,
-        collator=collator,
-        tokenized=tokenized,
-        max_seq_length=max_seq_length,
-        pad_to_max_length=data_args.pad_to_max_length,
-        sparse_start=sparse_start,
-        writer=writer,
-    )
+    if training_args.push_to_hub and training_args.should_log:
+        create_repository(training_args)  # Fails before the training, not after it.
+    pad = data_args.pad_to_max_length
+    return Run(training_args, model, tokenizer, collator, tokenized, max_seq_length, pad, sparse_start)
 
 
 def training_batches(run):
@@ -1566,6 +1436,7 @@ def create_training_state(run, schedule, checkpoint):
         step=run.step, apply_fn=run.apply_fn, params=params, tx=tx, opt_state=opt_state, grad_norm=jnp.zeros(())
     )
     optimizer = jax_utils.replicate(optimizer, axis_name="batch")
+    run.model.params = jax.device_get(params)  # Frees the copy on the first device.
     first = jax.process_index() * jax.local_device_count()
     dropout_rngs = jax.random.wrap_key_data(keys[first : first + jax.local_device_count()], impl="rbg")
     # Laid out as the step returns them, or its second call would compile again.
@@ -1620,7 +1491,11 @@ def train(run, step, checkpoint):
             if received:
                 logger.info(f"Stopped by signal {received}; the checkpoint of step {run.step} is saved.")
                 raise SystemExit(128 + received)
-    write_model(run, optimizer.params, args.output_dir)
+        write_model(run, optimizer.params, args.output_dir)
+        (received,) = largest_of_processes(signals.received)
+        if received:
+            logger.info(f"Stopped by signal {received} after the last step; the model is saved.")
+            raise SystemExit(128 + received)
     metrics = {"train_loss": mean_logged_loss(run.log_history)}
     metrics |= speed_metrics("train", start, (run.step - step) * args.global_batch_size, run.step - step)
     run.log(metrics)
@@ -1637,26 +1512,15 @@ def start_training(run, step, checkpoint):
             shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
     if checkpoint:
         run.step = step
-        with user_errors(f"the checkpoint {checkpoint}"):
-            with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-                run.log_history = json.load(file)["log_history"]
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            run.log_history = json.load(file)["log_history"]
         if isinstance(dataset, StreamedDataset):
             dataset.resume(checkpoint, step)
     logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
     schedule = create_schedule(args, run.num_steps)
     peak = float(jax.vmap(schedule)(np.unique(np.linspace(0, run.num_steps, 1000, dtype=int))).max())
-    if peak < 0.1 * args.learning_rate:
-        logger.warning(
-            f"The learning rate peaks at {peak:.3g}, far below --learning_rate {args.learning_rate}: rsqrt_decay "
-            "divides by sqrt(warmup_steps). rsqrt_normalized_decay in --lr_scheduler_type does not."
-        )
     num_parameters = sum(value.size for value in jax.tree.leaves(run.model.params))
-    log_training(
-        num_parameters,
-        run.num_steps,
-        peak,
-        (args.train_batch_size, args.gradient_accumulation_steps, jax.device_count()),
-    )
+    log_training(args, num_parameters, run.num_steps, peak)
     return schedule
 
 
@@ -1673,14 +1537,10 @@ def log_losses(run, losses, grad_norm, schedule):
     """Log the mean of the losses since the last report, and what belongs to the last step."""
     values, (step, start) = check_losses(run, losses), run.timer
     samples, seconds = run.args.global_batch_size * (run.step - step), time.perf_counter() - start
-    run.log(
-        {
-            "loss": sum(values) / len(values),
-            "grad_norm": float(grad_norm[0]),
-            "learning_rate": float(schedule(run.step - 1)),
-            "tokens_per_second": round(run.tokenized["train"].tokens_per_sample * samples / seconds),
-        }
-    )
+    logs = {"loss": sum(values) / len(values), "grad_norm": float(grad_norm[0])}
+    logs["learning_rate"] = float(schedule(run.step - 1))
+    logs["tokens_per_second"] = round(run.tokenized["train"].tokens_per_sample * samples / seconds)
+    run.log(logs)
     run.start_timer()
 
 
@@ -1749,9 +1609,8 @@ def save_results(run, split, metrics):
         logger.info(f"  {name:<26} {value:.6g}")
     path = os.path.join(run.args.output_dir, "all_results.json")
     everything = {}
-    if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            everything = json.load(file)
+    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
+        everything = json.load(file)
     write_json(path, everything | metrics)
     write_json(os.path.join(run.args.output_dir, f"{split}_results.json"), metrics)
     write_json(os.path.join(run.args.output_dir, "trainer_state.json"), trainer_state(run))
@@ -1769,7 +1628,6 @@ def publish(run, model_args, data_args, metrics):
     args, base = run.args, model_args.model_name_or_path
     if not args.should_log:
         return
-    run.writer.close()
     results = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
     found = {kind: metrics[key] for kind, key in results.items() if math.isfinite(metrics.get(key, math.inf))}
     name, dataset = os.path.basename(os.path.abspath(args.output_dir)), data_args.dataset_name or "text"
@@ -1787,17 +1645,14 @@ def publish(run, model_args, data_args, metrics):
     with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
     if args.push_to_hub:
+        repository, left_out = create_repository(args), ["checkpoint-*", ".*", "_*"]
         with user_errors(f"--push_to_hub failed; the model is saved in {args.output_dir}"):
             HfApi(token=args.hub_token).upload_folder(
-                repo_id=create_repository(args),
-                folder_path=args.output_dir,
-                ignore_patterns=["checkpoint-*", ".*", "_*"],
+                repo_id=repository, folder_path=args.output_dir, ignore_patterns=left_out
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 7. Main
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- 7. Main --------------------------------------------------------------------------------------------------------
 @exit_on_user_error
 def main(argv=None):
     """Run what the arguments ask for and return all metrics."""
