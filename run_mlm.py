@@ -45,8 +45,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import transformers
-from torch.nn.functional import cross_entropy, dropout, scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import (
@@ -465,7 +464,7 @@ def find_text_column(raw, wanted):
     return column, names
 
 
-def tokenize_datasets(raw_datasets, tokenizer, data_args, training_args, max_seq_length):
+def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args=None):
     """Return {split: TokenizedDataset}, tokenized once and then cached; a training stream is a `StreamedDataset`."""
     if data_args.whole_word_mask and not tokenizer.is_fast:
         raise UserError("--whole_word_mask needs a fast tokenizer; see --use_fast_tokenizer")
@@ -945,36 +944,6 @@ def find_sparse_start(model, collator, max_seq_length):
     return found
 
 
-class FastDropout(TorchFunctionMode):
-    """In this mode, dropout on a CPU draws 16 random bits per number with NumPy: it takes a fifth off a step."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        fast = {dropout: fast_dropout, scaled_dot_product_attention: fast_attention}
-        return fast.get(func, func)(*args, **(kwargs or {}))
-
-
-def fast_dropout(input, p=0.5, training=True, inplace=False):
-    """Do what `torch.nn.functional.dropout` does, with a probability that is exact to 2**-16."""
-    if not training or not 0 < p < 1:
-        return dropout(input, p, training)
-    generator = np.random.SFC64(torch.randint(2**63 - 1, ()).item())  # Checkpoints hold the state of PyTorch's.
-    words = generator.random_raw(-(-input.numel() // 4)).view(np.uint16)[: input.numel()]
-    keep = torch.from_numpy(words < round((1 - p) * 2**16)).view(input.shape)
-    return input * keep * (1 / (1 - p))
-
-
-def fast_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
-    """Do what `scaled_dot_product_attention` does, with `fast_dropout`."""
-    if not dropout_p or is_causal or options.get("enable_gqa"):
-        return scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, **options)
-    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
-    elif attn_mask is not None:
-        scores = scores + attn_mask
-    return fast_dropout(scores.softmax(-1), dropout_p) @ value
-
-
 class MaskedLMTrainer(Trainer):
     """Trainer whose loss is averaged over all masked tokens of an optimizer step (all its batches and processes)."""
 
@@ -1012,10 +981,7 @@ class MaskedLMTrainer(Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Return the loss of a batch; raises `UserError` if it is not finite."""
-        # Not where the backward pass, outside of this mode, computes activations again.
-        fast = self.args.device.type == "cpu" and not (self.args.torch_compile or self.args.gradient_checkpointing)
-        with FastDropout() if fast else contextlib.nullcontext():
-            loss = super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         # Synchronizes with the device, as the Trainer's own NaN filter would; skipped on TPUs, like that.
         if not is_torch_xla_available() and not torch.isfinite(loss):
             raise UserError(f"the loss is {loss.item()} after step {self.state.global_step}; lower --learning_rate")
@@ -1062,6 +1028,14 @@ class MaskedLMTrainer(Trainer):
         batch_size = batch_size if self.args.auto_find_batch_size else self.args.train_batch_size
         return super()._inner_training_loop(batch_size, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        with user_errors(f"the model in {resume_from_checkpoint}"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with user_errors(f"the optimizer state in {checkpoint}"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
     def _save_checkpoint(self, *args, **kwargs):
         with user_errors(f"--output_dir {self.args.output_dir}: a checkpoint cannot be written (is the disk full?)"):
             super()._save_checkpoint(*args, **kwargs)
@@ -1085,10 +1059,11 @@ class Checkpointing(TrainerCallback):
         if state.global_step > state.max_steps:
             raise UserError(f"checkpoint-{state.global_step} is already past the {state.max_steps} steps asked for")
         log_training(args, self.trainer.model.num_parameters(), state.max_steps, args.learning_rate)
-        self.on_evaluate(args, state, control)
+        self.trainer.timer = state.global_step, time.perf_counter()
 
     def on_evaluate(self, args, state, control, **kwargs):
-        """Restart the timer of the training steps."""
+        """Save after a signal in an evaluation; an evaluation does not count as time of the training steps."""
+        control.should_save |= bool(self.received())
         self.trainer.timer = state.global_step, time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -1103,7 +1078,7 @@ class Checkpointing(TrainerCallback):
         if args.should_save and isinstance(self.trainer.train_dataset, StreamedDataset):
             self.trainer.train_dataset.save(folder, state.global_step)
         logger.info(f"Saved {folder}.")
-        self.on_evaluate(args, state, control)
+        self.trainer.timer = state.global_step, time.perf_counter()
         if self.received():
             self.trainer.accelerator.wait_for_everyone()
             logger.info(
@@ -1360,7 +1335,7 @@ def main(argv=None):
         max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
         with training_args.main_process_first(desc="tokenizing"):
             raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
-            tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, training_args, max_seq_length)
+            tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
         check_samples(tokenized, training_args)
         if not (training_args.do_train or training_args.do_eval):
             logger.info("The data is tokenized and cached. Give --do_train or --do_eval to use it.")

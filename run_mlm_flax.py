@@ -497,7 +497,7 @@ def find_text_column(raw, wanted):
     return column, names
 
 
-def tokenize_datasets(raw_datasets, tokenizer, data_args, training_args, max_seq_length):
+def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args=None):
     """Return {split: TokenizedDataset}, tokenized once and then cached; a training stream is a `StreamedDataset`."""
     if data_args.whole_word_mask and not tokenizer.is_fast:
         raise UserError("--whole_word_mask needs a fast tokenizer; see --use_fast_tokenizer")
@@ -1075,9 +1075,11 @@ class TrainState(train_state.TrainState):
 def training_step(optimizer, batch, dropout_rng, *, label_smoothing=0.0):
     """Return (loss, optimizer, new_dropout_rng) after one update, under `jax.pmap` over the axis "batch".
 
-    `optimizer` is a `TrainState`, `batch` holds arrays int32 [A, ...]: A batches whose gradients are accumulated. The
-    loss is the mean over the labels (those of 0 and above) of all devices and batches.
+    `optimizer` is a `TrainState`, `batch` holds arrays int32 [B, ...], or [A, B, ...] to accumulate the gradients of A
+    batches. The loss is the mean over the labels (those of 0 and above) of all devices and batches.
     """
+    if batch["input_ids"].ndim == 2:
+        batch = jax.tree.map(lambda array: array[None], batch)
     dropout_rng, new_dropout_rng = jax.random.split(dropout_rng)
     # Each device divides its sum by the mean count: the mean over the devices is then that over all labels.
     count = jnp.maximum(lax.pmean((batch["labels"] >= 0).sum().astype(jnp.float32), "batch"), 1e-9)
@@ -1667,7 +1669,7 @@ def main(argv=None):
         max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
         with main_process_first("tokenizing"):
             raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
-            tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, training_args, max_seq_length)
+            tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
         check_samples(tokenized, training_args)
         if not (training_args.do_train or training_args.do_eval):
             logger.info("The data is tokenized and cached. Give --do_train or --do_eval to use it.")

@@ -36,6 +36,8 @@ WITHOUT_FLAX = os.environ.get("MLM_TEST_WITHOUT_FLAX") == "1"
 slow_tokenizers = pytest.mark.skipif(WITHOUT_FLAX, reason="Transformers 5 has no slow tokenizer for BERT")
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ("run_mlm", "run_mlm_flax")
+INSTALLED = SCRIPTS[:1] if WITHOUT_FLAX else SCRIPTS
+flax_only = pytest.mark.skipif(WITHOUT_FLAX, reason="needs Flax")
 ARCHITECTURES = ("bert", "roberta", "albert", "distilbert", "electra")
 SIZES = {
     "vocab_size": None,

@@ -8,6 +8,7 @@ it again, and compares the final weights with those of a run that was never kill
 
 import argparse
 import contextlib
+import json
 import os
 import random
 import signal
@@ -67,8 +68,12 @@ def run_until(script, folder, output, steps, target, delay):
 
 
 def newest_step(output):
-    """Return the step of the newest checkpoint, 0 where there is none."""
-    return max((int(path.name[11:]) for path in output.glob("checkpoint-*")), default=0)
+    """Return the step of the newest complete checkpoint, 0 where there is none."""
+    complete = []
+    for path in output.glob("checkpoint-*"):
+        with contextlib.suppress(OSError, ValueError):
+            complete.append(json.loads((path / "trainer_state.json").read_text())["global_step"])
+    return max(complete, default=0)
 
 
 def environment(folder):

@@ -147,7 +147,7 @@ def test_every_architecture_is_listed(script, table):
 def test_run_mlm_trains(job, model_type, tmp_path):
     eval_loss = trained(run_mlm, job(model_type), tmp_path)
     trainer = reload(run_mlm, tmp_path)
-    assert model_type in PYTORCH[trainer.selection or "dense"]
+    assert model_type in PYTORCH[trainer.sparse_start or "dense"]
     assert trainer.evaluate()["eval_loss"] == pytest.approx(eval_loss, rel=1e-6)
 
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(4)])
@@ -156,8 +156,8 @@ def test_run_mlm_trains(job, model_type, tmp_path):
         own_loss = model(**run_mlm.model_inputs(model, batch) | {"labels": batch["labels"]}).loss.item()
         assert trainer.compute_loss(model, batch).item() == pytest.approx(own_loss, rel=1e-5)
     losses, gradients = [], []
-    for selection in (trainer.selection, None):
-        trainer.selection = selection
+    for selection in (trainer.sparse_start, None):
+        trainer.sparse_start = selection
         model.zero_grad()
         loss = trainer.compute_loss(model, batch)
         loss.backward()
@@ -173,7 +173,7 @@ def test_run_mlm_trains(job, model_type, tmp_path):
 def test_run_mlm_flax_trains(job, model_type, tmp_path):
     eval_loss = trained(run_mlm_flax, job(model_type), tmp_path)
     run = reload(run_mlm_flax, tmp_path)
-    assert model_type in FLAX[run.selection or "dense"]
+    assert model_type in FLAX[run.sparse_start or "dense"]
     params = run_mlm_flax.jax_utils.replicate(run.model.params, axis_name="batch")
     assert run_mlm_flax.evaluate(run, params)["eval_loss"] == pytest.approx(eval_loss, rel=1e-6)
 

@@ -36,10 +36,10 @@ def batches_of(script, run, split):
     dataset, rows = run.tokenized[split], run.args.eval_batch_size
     if split == "train":
         order = script.epoch_order(dataset, run.args, run.args.seed, 0)
-        keys = script.generate_batch_splits(order, run.args.step_samples, drop_last=False)
+        keys = script.generate_batch_splits(order, run.args.global_batch_size, drop_last=False)
     else:
         keys = script.generate_batch_splits(np.arange(len(dataset)), rows, drop_last=False)
-    steps = [run.device_batch(dataset, part, len(part)) for part in keys]
+    steps = [run.batch(dataset, part, len(part)) for part in keys]
     return [step["input_ids"].reshape(-1, step["input_ids"].shape[-1]) for step in steps]
 
 

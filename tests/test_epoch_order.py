@@ -21,7 +21,6 @@ def test_the_order_is_jaxs_permutation_in_both_scripts(seed, epoch, count):
     expected = np.asarray(jax.random.permutation(key, count))
     for script in (run_mlm, run_mlm_flax):
         order = script.epoch_permutation(seed, epoch, count)
-        assert order.dtype == np.int64
         np.testing.assert_array_equal(order, expected)
     assert sorted(expected.tolist()) == list(range(count))
 
@@ -29,6 +28,17 @@ def test_the_order_is_jaxs_permutation_in_both_scripts(seed, epoch, count):
 @pytest.mark.parametrize("count", [1625, 1626, 1627, 5000])  # From 1,626 samples on, JAX sorts twice.
 def test_the_order_of_many_samples_is_jaxs_too(count):
     np.testing.assert_array_equal(run_mlm.epoch_permutation(42, 3, count), run_mlm_flax.epoch_permutation(42, 3, count))
+
+
+def test_the_order_does_not_depend_on_jaxs_configuration():
+    expected = run_mlm.epoch_permutation(42, 3, 300)
+    for options in ({"jax_default_prng_impl": "rbg"}, {"jax_threefry_partitionable": False}):
+        (name, value), before = *options.items(), getattr(jax.config, next(iter(options)))
+        jax.config.update(name, value)
+        try:
+            np.testing.assert_array_equal(run_mlm_flax.epoch_permutation(42, 3, 300), expected)
+        finally:
+            jax.config.update(name, before)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own(script):
@@ -82,10 +92,8 @@ def pytorch_batches(trainer, epochs):
 def flax_batches(run, count):
     """Return the same of the first `count` steps of the Flax loop."""
     rows = []
-    for keys in itertools.islice(run_mlm_flax.training_order(run), count):
-        batch = run.device_batch(
-            run.tokenized["train"], keys, run.args.train_batch_size, run.args.gradient_accumulation_steps
-        )
+    for keys in itertools.islice(run_mlm_flax.training_batches(run), count):
+        batch = run.batch(run.tokenized["train"], keys, run.args.train_batch_size, run.args.gradient_accumulation_steps)
         step = batch["input_ids"].reshape(-1, batch["input_ids"].shape[-1])[: len(keys)]
         rows.append(sorted(row[row != 0].tolist() for row in step))
     return rows

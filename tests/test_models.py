@@ -48,7 +48,7 @@ def load(script, **settings):
 def weights(script, model):
     """Return the parameters of a model of either framework under their PyTorch names."""
     if hasattr(model, "params"):
-        return script.pytorch_state_dict(model.params)
+        return script.pytorch_weights(model.params)
     return {name: value.numpy() for name, value in model.state_dict().items()}
 
 

@@ -60,43 +60,81 @@ def test_resumed_run_equals_the_uninterrupted_one(script, model_folder, text_fil
     assert history(resumed) == history(whole)
     assert weights(resumed) == weights(whole)
     results = read_json(resumed, "train_results.json"), read_json(whole, "train_results.json")
-    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-6)
+    assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-4)  # Of rounded reports.
 
 
-def test_damaged_newest_checkpoint_is_skipped_with_a_warning(script, model_folder, text_files, tmp_path, caplog):
+def test_incomplete_checkpoints_are_ignored_with_a_warning(script, model_folder, text_files, tmp_path, caplog):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
     script.main(training_flags(model_folder, text_files, whole))
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-12"))
-    for name, damage in (("checkpoint-9", lambda data: data[: len(data) // 2]), ("checkpoint-6", flip_a_bit)):
-        path = resumed / name / "model.safetensors"
-        path.write_bytes(damage(path.read_bytes()))
-    (resumed / ".unfinished").mkdir()
+    state = resumed / "checkpoint-9" / "trainer_state.json"
+    state.write_text(state.read_text()[: state.stat().st_size // 2])
+    (resumed / "checkpoint-6" / "trainer_state.json").unlink()
     script.main(training_flags(model_folder, text_files, resumed, save_total_limit=1))
-    for name in ("checkpoint-9", "checkpoint-6", ".unfinished"):
+    for name in ("checkpoint-9", "checkpoint-6"):
         assert f"{resumed / name}" in caplog.text
     assert f"Resuming from {resumed / 'checkpoint-3'}" in caplog.text
     assert weights(resumed) == weights(whole)
-    assert [path.name for path in resumed.glob("checkpoint-*")] == ["checkpoint-12"]
-    assert not (resumed / ".unfinished").exists()
+    assert [step for step, _ in script.list_checkpoints(str(resumed))] == [12]
 
 
-def flip_a_bit(data):
-    """Return the data with one bit of its middle byte changed."""
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+def test_a_checkpoint_with_broken_weights_is_an_error(script, model_folder, text_files, tmp_path, capsys):
+    output = tmp_path / "output"
+    script.main(training_flags(model_folder, text_files, output, max_steps=3))
+    path = output / "checkpoint-3" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SystemExit, match="2"):
+        script.main(training_flags(model_folder, text_files, output))
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert str(output / "checkpoint-3") in error
+
+
+def test_a_named_checkpoint_is_resumed_in_another_folder(script, model_folder, text_files, tmp_path):
+    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    script.main(training_flags(model_folder, text_files, whole))
+    named = training_flags(model_folder, text_files, resumed, resume_from_checkpoint=whole / "checkpoint-6")
+    script.main(named)
+    assert history(resumed) == history(whole)
+    assert weights(resumed) == weights(whole)
+    assert sorted(path.name for path in resumed.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
+
+
+def test_save_total_limit_keeps_the_newest(script, model_folder, text_files, tmp_path):
+    output = tmp_path / "output"
+    script.main(training_flags(model_folder, text_files, output, save_steps=2, save_total_limit=2))
+    assert sorted(path.name for path in output.glob("checkpoint-*")) == ["checkpoint-10", "checkpoint-12"]
+
+
+def test_a_checkpoint_after_each_epoch(script, model_folder, text_files, tmp_path):
+    output = tmp_path / "output"
+    settings = {"save_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2}
+    script.main(training_flags(model_folder, text_files, output, **settings))
+    steps = read_json(output, "trainer_state.json")["global_step"]
+    assert [step for step, _ in script.list_checkpoints(str(output))] == [steps // 2, steps]
+
+
+def test_a_run_killed_in_its_first_checkpoint_starts_again(script, model_folder, text_files, tmp_path, caplog):
+    checkpoint = tmp_path / "output" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "model.safetensors").write_bytes(b"")
+    script.main(training_flags(model_folder, text_files, tmp_path / "output", max_steps=1))
+    assert f"{checkpoint} is ignored" in caplog.text
+    assert not checkpoint.exists()
 
 
 def test_finished_run_is_not_trained_further(script, model_folder, text_files, tmp_path, capsys):
     output = tmp_path / "output"
     script.main(training_flags(model_folder, text_files, output))
-    before = weights(output), os.listdir(output), read_json(output, "train_results.json")
+    before = weights(output), history(output), read_json(output, "eval_results.json")["eval_loss"]
+    loss = read_json(output, "train_results.json")["train_loss"]
     script.main(training_flags(model_folder, text_files, output))
-    assert (weights(output), os.listdir(output), read_json(output, "train_results.json")) == before
+    assert (weights(output), read_json(output, "eval_results.json")["eval_loss"]) == (before[0], before[2])
+    assert read_json(output, "train_results.json")["train_loss"] == pytest.approx(loss, rel=1e-4)
     for changes in ({"max_steps": 7}, {"resume_from_checkpoint": output / "checkpoint-3"}):
         with pytest.raises(SystemExit, match="2"):
             script.main(training_flags(model_folder, text_files, output, **changes))
         error = capsys.readouterr().err.splitlines()[-1]
-        assert str(output / "checkpoint-12") in error
+        assert "checkpoint-12" in error
     assert weights(output) == before[0]
 
 
@@ -118,16 +156,7 @@ def test_mean_loss_of_a_resumed_run_counts_all_steps(script, model_folder, text_
     shutil.copytree(whole / "checkpoint-6", resumed / "checkpoint-6")
     script.main(training_flags(model_folder, text_files, resumed, **settings))
     results = [read_json(output, "train_results.json")["train_loss"] for output in (whole, resumed)]
-    assert results[1] == pytest.approx(results[0], rel=1e-6)
-
-
-@pytest.mark.parametrize(("limit", "kept"), [(1, [6]), (2, [5, 6]), (5, [2, 3, 4, 5, 6]), (9, [1, 2, 3, 4, 5, 6])])
-def test_save_total_limit_keeps_the_newest(script, tmp_path, limit, kept):
-    for step in range(1, 7):
-        staged = tmp_path / "staged" / f"checkpoint-{step}"
-        staged.mkdir(parents=True)
-        script.publish_checkpoint(str(staged), str(tmp_path), limit)
-    assert [step for step, _ in script.list_checkpoints(tmp_path)] == kept
+    assert results[1] == pytest.approx(results[0], rel=1e-4)
 
 
 def test_the_other_script_does_not_resume_it(model_folder, text_files, tmp_path, capsys):
@@ -142,34 +171,22 @@ def test_the_other_script_does_not_resume_it(model_folder, text_files, tmp_path,
             assert "checkpoint" in capsys.readouterr().err
 
 
-def test_only_damaged_checkpoints_are_an_error(script, model_folder, text_files, tmp_path, capsys):
-    checkpoint = tmp_path / "output" / "checkpoint-3"
-    checkpoint.mkdir(parents=True)
-    (checkpoint / "model.safetensors").write_bytes(b"")
-    for changes in ({}, {"resume_from_checkpoint": checkpoint}):
-        with pytest.raises(SystemExit, match="2"):
-            script.main(training_flags(model_folder, text_files, tmp_path / "output", **changes))
-        assert "checkpoint" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "output").rglob("*")] == ["checkpoint-3", "model.safetensors"]
-
-
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_saves_at_the_next_step_and_exits(
     script, model_folder, text_files, tmp_path, monkeypatch, number, status
 ):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     script.main(training_flags(model_folder, text_files, whole))
-    fetch = script.TokenizedDataset.__getitem__
+    fetch, sent = script.TokenizedDataset.__getitems__, []
 
-    def send_signal(self, key):
+    def send_signal(self, keys):
         # The first sample of the second epoch: in the middle of step 8, whatever collects the batch.
-        if key >= len(self) and not self.frozen_masks and not stopped.joinpath("sent").exists():
-            stopped.joinpath("sent").touch()
+        if max(keys) >= len(self) and not self.fixed_masks and not sent:
+            sent.append(True)
             os.kill(os.getpid(), number)
-        return fetch(self, key)
+        return fetch(self, keys)
 
-    stopped.mkdir()
-    monkeypatch.setattr(script.TokenizedDataset, "__getitem__", send_signal)
+    monkeypatch.setattr(script.TokenizedDataset, "__getitems__", send_signal)
     handler = signal.getsignal(number)
     with pytest.raises(SystemExit) as exit_info:
         script.main(training_flags(model_folder, text_files, stopped, save_strategy="no"))
@@ -178,8 +195,7 @@ def test_signal_saves_at_the_next_step_and_exits(
     (checkpoint,) = stopped.glob("checkpoint-*")
     assert 6 < int(checkpoint.name[11:]) < 10
     assert not (stopped / "train_results.json").exists()
-    (stopped / "sent").unlink()
-    monkeypatch.setattr(script.TokenizedDataset, "__getitem__", fetch)
+    monkeypatch.setattr(script.TokenizedDataset, "__getitems__", fetch)
     script.main(training_flags(model_folder, text_files, stopped))
     assert weights(stopped) == weights(whole)
 
@@ -192,7 +208,7 @@ def test_output_dir_rules(script, model_folder, text_files, tmp_path, capsys, ca
         script.main(training_flags(model_folder, text_files, output))
     assert "--overwrite_output_dir" in capsys.readouterr().err
     script.main(training_flags(model_folder, text_files, output, overwrite_output_dir=True))
-    assert "Starting anew" in caplog.text
+    assert "Starting a new run" in caplog.text
     assert (output / "notes.txt").read_text() == "mine"
     caplog.clear()
     script.main(training_flags(model_folder, text_files, output))
@@ -210,7 +226,7 @@ def test_a_model_folder_initialises_and_is_not_resumed(script, model_folder, tex
     script.main(training_flags(model_folder, text_files, first))
     second = tmp_path / "second"
     script.main(training_flags(first / "checkpoint-6", text_files, second))
-    assert "Starting anew" in caplog.text.split("Resuming")[-1]
+    assert "Starting a new run" in caplog.text.split("Resuming")[-1]
     assert read_json(second, "trainer_state.json")["log_history"][0]["step"] == 1
 
 

@@ -19,9 +19,9 @@ WATCHED = """
 import os, signal, sys
 import run_mlm_flax
 
-collated, mask_samples = [], run_mlm_flax.MaskingCollator.mask_samples
-run_mlm_flax.MaskingCollator.mask_samples = lambda *args: collated.extend(args[1]) or mask_samples(*args)
-stop_at, device_batch = int(os.environ.get("STOP_AT", 0)), run_mlm_flax.Run.device_batch
+collated, mask = [], run_mlm_flax.MaskingCollator.mask
+run_mlm_flax.MaskingCollator.mask = lambda *args: collated.append(1) or mask(*args)
+stop_at, batch = int(os.environ.get("STOP_AT", 0)), run_mlm_flax.Run.batch
 batches = []
 
 
@@ -31,12 +31,10 @@ def watched(*args):
         os.kill(os.getpid(), signal.SIGTERM)
     if os.environ.get("CRASH") and len(batches) == 2:
         raise RuntimeError("this process crashed")
-    return device_batch(*args)
+    return batch(*args)
 
 
-run_mlm_flax.Run.device_batch = watched
-run_mlm_flax.CONNECT_SECONDS = int(os.environ.get("CONNECT_SECONDS", 300))
-run_mlm_flax.DISCONNECT_SECONDS = int(os.environ.get("DISCONNECT_SECONDS", 300))
+run_mlm_flax.Run.batch = watched
 try:
     run_mlm_flax.main()
 finally:
@@ -117,18 +115,13 @@ def run_one(arguments, devices, cwd):
     return output
 
 
-def run_two(arguments, folders, environments=({}, {})):
-    """Run two processes with two devices each, each in a folder of its own; return [(status, output, errors)]."""
+def run_two(arguments, folder, environments=({}, {})):
+    """Run two processes with two devices each; return [(status, output, errors)]."""
     address, processes = f"127.0.0.1:{free_port()}", []
-    for i, (folder, environment) in enumerate(zip(folders, environments)):
-        folder.mkdir(exist_ok=True)
+    for i, environment in enumerate(environments):
         joined = flags(coordinator_address=address, num_processes=2, process_id=i)
         processes.append(start([*arguments, *joined], 2, folder, **environment))
     return finish(processes)
-
-
-def folders(tmp_path):
-    return tmp_path / "first", tmp_path / "second"
 
 
 def losses(output):
@@ -152,77 +145,75 @@ def assert_same(one, other):
 def test_two_processes_train_as_one(material, tmp_path, settings):
     run_one(command(material, tmp_path / "one", 16, **settings), 1, tmp_path)
     run_one(command(material, tmp_path / "four", 4, **settings), 4, tmp_path)
-    done = run_two(command(material, "output", 4, **settings), folders(tmp_path))
+    done = run_two(command(material, "output", 4, **settings), tmp_path)
     assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
     for output in ("one", "four"):
-        assert_same(tmp_path / "first" / "output", tmp_path / output)
-    # Process 0 alone writes and logs, and each collates its half of every step, missing samples included.
-    assert list((tmp_path / "second").iterdir()) == []
-    assert "***** Training *****" in done[0][1]
-    assert "*****" not in done[1][1]
+        assert_same(tmp_path / "output", tmp_path / output)
+    # Process 0 alone logs, and each collates its half of every step, missing samples included.
+    assert "Starting a new run" in done[0][1]
+    assert done[1][1].count("\n") == 1
     counts = [int(output.split("collated ")[1]) for _, output, _ in done]
     eval_steps = -(-read_json(tmp_path / "one", "eval_results.json")["eval_samples"] // 16)
-    assert counts == [8 * (STEPS + eval_steps) + 2, 8 * (STEPS + eval_steps)]  # 0 tried the sparse head on two.
+    tried = 2  # The sparse head, on two samples; process 0 also shows predictions for three.
+    assert counts == [8 * (STEPS + eval_steps) + tried + 3, 8 * (STEPS + eval_steps) + tried]
 
 
 def test_a_signal_to_one_stops_both_and_they_resume(material, tmp_path):
     arguments = command(material, "output", 4)
     arguments += flags(dropout_rate=0.2, max_steps=6)
-    whole, parts = (folders(tmp_path / name) for name in ("whole", "parts"))
-    for name in ("whole", "parts"):
-        (tmp_path / name).mkdir()
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole.mkdir()
+    parts.mkdir()
     assert [status for status, _, _ in run_two(arguments, whole)] == [0, 0]
     done = run_two(arguments, parts, ({}, {"STOP_AT": "3"}))
     assert [status for status, _, _ in done] == [128 + signal.SIGTERM] * 2, done[0][2] + done[1][2]
-    (checkpoint,) = (parts[0] / "output").glob("checkpoint-*")
-    assert list(parts[1].iterdir()) == []
+    (checkpoint,) = (parts / "output").glob("checkpoint-*")
     done = run_two(arguments, parts)
     assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
     assert f"Resuming from output/{checkpoint.name}" in done[0][1]
-    assert losses(parts[0] / "output") == losses(whole[0] / "output")
-    weights = [load_file(folder / "output" / "model.safetensors") for folder in (parts[0], whole[0])]
+    assert losses(parts / "output") == losses(whole / "output")
+    weights = [load_file(folder / "output" / "model.safetensors") for folder in (parts, whole)]
     assert all(np.array_equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_two_processes_stream_as_one(material, tmp_path):
     settings = {"streaming": True, "shuffle_buffer_size": 20}
     run_one(command(material, tmp_path / "one", 16, **settings), 1, tmp_path)
-    done = run_two(command(material, "output", 4, **settings), folders(tmp_path))
+    done = run_two(command(material, "output", 4, **settings), tmp_path)
     assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
-    assert_same(tmp_path / "first" / "output", tmp_path / "one")
+    assert_same(tmp_path / "output", tmp_path / "one")
 
 
-def test_a_mistake_in_one_process_ends_both(material, tmp_path):
-    one, other = folders(tmp_path)
-    one.mkdir()
-    write_lines(one / "here.txt", sentences(40))
-    done = run_two(command(material, "output", 4, train_file="here.txt"), (one, other))
+def test_a_mistake_is_reported_by_each_process(material, tmp_path):
+    done = run_two(command(material, "output", 4, train_file="none.txt"), tmp_path)
     for status, _, errors in done:
         assert status == 2, errors
-        assert [line for line in errors.splitlines() if line.startswith("error:")] == [
-            "error: --train_file here.txt: no such file"
-        ]
-    assert not (one / "output").exists()
+        (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
+        assert line.startswith("error: --train_file none.txt: ")
+
+
+def test_a_resume_on_another_number_of_devices(material, tmp_path):
+    arguments = command(material, "output", 8, save_strategy="steps", save_steps=2, max_steps=2)
+    run_one(arguments, 2, tmp_path)
+    run_one(command(material, "whole", 8), 2, tmp_path)
+    done = run_one(command(material, "output", 4, save_strategy="steps", save_steps=2), 4, tmp_path)
+    assert "Resuming from output/checkpoint-2" in done
+    assert_same(tmp_path / "output", tmp_path / "whole")
 
 
 def test_a_crash_of_one_process_ends_both(material, tmp_path):
-    done = run_two(command(material, "output", 4), folders(tmp_path), ({"DISCONNECT_SECONDS": "5"}, {"CRASH": "1"}))
+    done = run_two(command(material, "output", 4), tmp_path, ({}, {"CRASH": "1"}))
     assert done[0][0] != 0
-    assert done[1][0] == 1
+    assert done[1][0] != 0
     assert "RuntimeError: this process crashed" in done[1][2]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_processes": 2}, "go together; give all of them"),
-        ({"coordinator_address": "localhost:1", "process_id": 0}, "go together; give all of them"),
-        ({"coordinator_address": "localhost", "num_processes": 2, "process_id": 0}, "must be host:port"),
-        (
-            {"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 2},
-            "--process_id 2 must be from 0 to 1",
-        ),
-        ({"num_processes": 0}, "--num_processes 0 must be above 0"),
+        ({"num_processes": 2}, "--coordinator_address"),
+        ({"coordinator_address": "localhost:1", "process_id": 0}, "--coordinator_address localhost:1: "),
+        ({"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 2}, "process_id"),
     ],
 )
 def test_wrong_flags_are_one_line(tmp_path, capsys, settings, message):
@@ -231,28 +222,3 @@ def test_wrong_flags_are_one_line(tmp_path, capsys, settings, message):
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
-
-
-def test_a_coordinator_that_is_not_there_is_one_line(material, tmp_path):
-    joined = flags(coordinator_address=f"127.0.0.1:{free_port()}", num_processes=2, process_id=1)
-    arguments = command(material, "output", 4) + joined
-    ((status, _, errors),) = finish([start(arguments, 1, tmp_path, CONNECT_SECONDS="0")])
-    assert status == 2
-    (line,) = errors.splitlines()
-    assert "cannot be reached" in line
-
-
-def test_alone_nothing_is_connected(monkeypatch):
-    """Whatever the environment, `--num_processes 1` asks nobody."""
-    for name in ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"):
-        monkeypatch.setenv(name, "2")
-    called = []
-    monkeypatch.setattr(run_mlm_flax.jax.distributed, "initialize", lambda **settings: called.append(settings))
-    *_, data_args, args = run_mlm_flax.parse_args(command(ROOT, "output", 4, num_processes=1))
-    run_mlm_flax.connect_processes(data_args, args)
-    assert called == []
-    *_, data_args, args = run_mlm_flax.parse_args(command(ROOT, "output", 4))
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    run_mlm_flax.connect_processes(data_args, args)
-    assert len(called) == 1
-    assert "coordinator_address" not in called[0]  # JAX finds it.

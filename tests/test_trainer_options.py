@@ -26,16 +26,16 @@ def train(tmp_path):
 
     def run(name, model_type="bert", **changes):
         folder, counts = make_model(tmp_path / f"model-{model_type}", model_type), []
-        labelled_logits = run_mlm.MaskedLMTrainer.labelled_logits
+        masked_logits = run_mlm.MaskedLMTrainer.masked_logits
 
         def record(trainer, model, inputs):
-            logits, labels = labelled_logits(trainer, model, inputs)
-            assert trainer.selection is not None
+            logits, labels = masked_logits(trainer, model, inputs)
+            assert trainer.sparse_start is not None
             counts.append(len(labels))
             return logits, labels
 
         # The Trainer tells Accelerate through the environment what the arguments say, and leaves it there.
-        with mock.patch.dict(os.environ), mock.patch.object(run_mlm.MaskedLMTrainer, "labelled_logits", record):
+        with mock.patch.dict(os.environ), mock.patch.object(run_mlm.MaskedLMTrainer, "masked_logits", record):
             run_mlm.main(flags(**{**settings, **changes}, model_name_or_path=folder, output_dir=tmp_path / name))
         history = read_json(tmp_path, name, "trainer_state.json")["log_history"]
         return [(entry["loss"], entry["grad_norm"]) for entry in history if "loss" in entry], counts

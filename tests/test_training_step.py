@@ -3,7 +3,6 @@
 import functools
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
-from unittest import mock
 
 import jax
 import numpy as np
@@ -41,8 +40,8 @@ def step():
 def make_optimizer(model, **settings):
     args = SimpleNamespace(**{**ADAMW, **settings})
     return jax_utils.replicate(
-        run_mlm_flax.Optimizer.create(
-            apply_fn=functools.partial(run_mlm_flax.labelled_logits, model=model),
+        run_mlm_flax.TrainState.create(
+            apply_fn=functools.partial(run_mlm_flax.masked_logits, model=model),
             params=model.params,
             tx=run_mlm_flax.create_optimizer(args, lambda step: RATE),
             grad_norm=np.zeros((), np.float32),
@@ -153,7 +152,7 @@ def make_stub(apply_fn, logits):
     tx = run_mlm_flax.create_optimizer(SimpleNamespace(**ADAMW), lambda step: RATE)
     zero = np.zeros((), np.float32)
     return jax_utils.replicate(
-        run_mlm_flax.Optimizer.create(apply_fn=apply_fn, params={"logits": logits}, tx=tx, grad_norm=zero)
+        run_mlm_flax.TrainState.create(apply_fn=apply_fn, params={"logits": logits}, tx=tx, grad_norm=zero)
     )
 
 
@@ -193,17 +192,9 @@ def test_label_smoothing_is_that_of_cross_entropy():
     assert float(loss[0]) == pytest.approx(float(total) / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("rng", [None, "a key"])
-def test_dropout_is_on_where_there_is_a_key(rng):
-    model = mock.Mock(return_value=["logits"])
-    assert run_mlm_flax.labelled_logits("weights", make_batch(), rng, model=model) == "logits"
-    options = model.call_args.kwargs
-    assert (options["params"], options["dropout_rng"], options["train"]) == ("weights", rng, rng is not None)
-
-
 def test_evaluation_step_sums(folder, model):
     batch = make_batch()
-    apply_fn = functools.partial(run_mlm_flax.labelled_logits, model=model)
+    apply_fn = functools.partial(run_mlm_flax.masked_logits, model=model)
     evaluate = jax.pmap(functools.partial(run_mlm_flax.eval_step, apply_fn=apply_fn), "batch")
     sums = evaluate(jax_utils.replicate(model.params), on_one_device(batch))
     reference = transformers.AutoModelForMaskedLM.from_pretrained(folder).eval()
