@@ -387,7 +387,7 @@ def add_word_references(dataset, path):
     with user_errors(path), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             with user_errors(f"{path}, line {number}"):
-                references.append(json.loads(line) if line.strip() else [])
+                references.append(json.loads(line.strip() or "[]") or [])
         return dataset.add_column("references", pa.array(references, pa.list_(pa.int64())))
 
 
@@ -1006,6 +1006,16 @@ class MaskedLMTrainer(Trainer):
             self.timer = self.state.global_step, now
         super().log(logs, *args, **kwargs)
 
+    def create_optimizer(self, *args, **kwargs):
+        """Return the optimizer; raises `UserError` for one that is not installed."""
+        with user_errors(f"--optim {self.args.optim}"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args, **kwargs):
+        """Return the learning-rate schedule; raises `UserError` if it lacks an argument."""
+        with user_errors(f"--lr_scheduler_type {self.args.lr_scheduler_type}"):
+            return super().create_scheduler(*args, **kwargs)
+
     # Trainer internals: all of them are needed with Transformers 4.57 and 5.
 
     def _get_train_sampler(self, train_dataset=None):
@@ -1035,6 +1045,10 @@ class MaskedLMTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         with user_errors(f"the optimizer state in {checkpoint}"):
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with user_errors(f"the random state in {checkpoint}"):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, *args, **kwargs):
         with user_errors(f"--output_dir {self.args.output_dir}: a checkpoint cannot be written (is the disk full?)"):
@@ -1095,9 +1109,8 @@ def masked_lm_metrics(prediction):
 
 def mean_metrics(loss, hits, count):
     """Return {"loss", "accuracy", "perplexity"} from sums over `count` masked tokens; perplexity is inf on overflow."""
-    mean = float(loss) / max(int(count), 1)
-    with np.errstate(over="ignore"):
-        return {"loss": mean, "accuracy": float(hits) / max(int(count), 1), "perplexity": float(np.exp(mean))}
+    mean, accuracy = float(loss) / max(int(count), 1), float(hits) / max(int(count), 1)
+    return {"loss": mean, "accuracy": accuracy, "perplexity": math.exp(mean) if mean < 700 else math.inf}
 
 
 # ---- 6. Run ---------------------------------------------------------------------------------------------------------

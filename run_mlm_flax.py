@@ -420,7 +420,7 @@ def add_word_references(dataset, path):
     with user_errors(path), open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             with user_errors(f"{path}, line {number}"):
-                references.append(json.loads(line) if line.strip() else [])
+                references.append(json.loads(line.strip() or "[]") or [])
         return dataset.add_column("references", pa.array(references, pa.list_(pa.int64())))
 
 
@@ -995,9 +995,8 @@ def check_shapes(logits, targets):
 
 def mean_metrics(loss, hits, count):
     """Return {"loss", "accuracy", "perplexity"} from sums over `count` masked tokens; perplexity is inf on overflow."""
-    mean = float(loss) / max(int(count), 1)
-    with np.errstate(over="ignore"):
-        return {"loss": mean, "accuracy": float(hits) / max(int(count), 1), "perplexity": float(np.exp(mean))}
+    mean, accuracy = float(loss) / max(int(count), 1), float(hits) / max(int(count), 1)
+    return {"loss": mean, "accuracy": accuracy, "perplexity": math.exp(mean) if mean < 700 else math.inf}
 
 
 def fast_dropout(module, inputs):

@@ -12,7 +12,7 @@ from conftest import ROOT, flags, make_byte_level_tokenizer, make_tokenizer, sen
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 LENGTH = 16
-KINDS = ("wordpiece", "byte_level", "unigram", "unigram_of_any_text", "byte_level_of_any_text")
+KINDS = ("wordpiece", "byte_level", "unigram")
 RARE = "the baker zigzags over wobbly gravel and a sailor yawns"
 
 
@@ -46,11 +46,7 @@ def make(tmp_path):
             return make_tokenizer(tmp_path)
         if kind == "byte_level":
             return make_byte_level_tokenizer(tmp_path)
-        if kind == "byte_level_of_any_text":  # Nothing is split beforehand: one word id for a whole text.
-            used = pre_tokenizers.ByteLevel(use_regex=False)
-            return make_unigram(pre_tokenizers.ByteLevel(), used, decoders.ByteLevel())
-        used = pre_tokenizers.Metaspace(split=kind == "unigram")
-        return make_unigram(pre_tokenizers.Metaspace(), used, decoders.Metaspace())
+        return make_unigram(pre_tokenizers.Metaspace(), pre_tokenizers.Metaspace(), decoders.Metaspace())
 
     return make_kind
 
@@ -113,7 +109,7 @@ def test_the_masked_share_of_real_text_is_what_was_asked_for(make, kind, line_by
     collator = script.FlaxDataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
     words, samples = [], [dataset[i] for i in range(len(dataset))]
     for sample in samples:
-        begins = ~sample["continues_word"]
+        begins = sample["continues_word"] == 0
         begins[0] = True
         words.append(np.bincount(np.cumsum(begins) - 1, weights=~collator.is_special[sample["input_ids"]]))
     words = np.concatenate(words)
@@ -123,8 +119,7 @@ def test_the_masked_share_of_real_text_is_what_was_asked_for(make, kind, line_by
     masked = 0
     for epoch in range(epochs):
         for sample in samples:
-            ids = sample["input_ids"]
-            labels = collator.mask_samples([{**sample, "epoch": epoch}], ids, [len(ids)])[1]
+            _, labels = collator.mask({**sample, "epoch": epoch})
             masked += np.count_nonzero(labels >= 0)
     assert masked / (epochs * words.sum()) == pytest.approx(probability, rel=0.01)
 
@@ -133,15 +128,13 @@ def test_the_masked_share_of_real_text_is_what_was_asked_for(make, kind, line_by
 def test_words_are_chosen_whole_and_hidden_token_by_token(script, make, tmp_path, line_by_line):
     tokenizer = make("wordpiece")
     dataset = tokenize(script, tokenizer, write_lines(tmp_path / "t.txt", [RARE] * 60), line_by_line=line_by_line)
-    numpy = {"return_tensors": "np"} if script.__name__ == "run_mlm" else {}
-    collator_class = "MaskedLMCollator" if numpy else "FlaxDataCollatorForLanguageModeling"
-    collator = getattr(script, collator_class)(tokenizer, mlm_probability=0.5, mask_replace_prob=0.5, **numpy)
+    collator = script.MaskingCollator(tokenizer, mlm_probability=0.5, mask_replace_prob=0.5)
     mixed = 0
     for i in range(len(dataset)):
         sample = dataset[i]
-        inputs, labels = collator.mask_samples([sample], sample["input_ids"], [len(sample["input_ids"])])
+        inputs, labels = collator.mask(sample)
         special = collator.is_special[sample["input_ids"]]
-        words = np.cumsum(~sample["continues_word"])
+        words = np.cumsum(sample["continues_word"] == 0)
         for word in np.unique(words):
             chosen = labels[(words == word) & ~special] >= 0
             assert chosen.all() or not chosen.any()
@@ -161,5 +154,5 @@ def test_a_slow_tokenizer_is_an_error(script, make, tmp_path):
 
 def test_references_and_word_ids_exclude_each_other(script):
     settings = {"train_file": "t", "train_ref_file": "r", "line_by_line": "true", "whole_word_mask": True}
-    with pytest.raises(script.UserError, match="--whole_word_mask and --train_ref_file"):
+    with pytest.raises(script.UserError, match="--whole_word_mask or reference files"):
         script.parse_args(flags(model_name_or_path="m", output_dir="o", **settings))
