@@ -1016,6 +1016,11 @@ class MaskedLMTrainer(Trainer):
         with user_errors(f"--lr_scheduler_type {self.args.lr_scheduler_type}"):
             return super().create_scheduler(*args, **kwargs)
 
+    def init_hf_repo(self, token=None):
+        """Create the hub repository unless it exists."""
+        with user_errors(f"--push_to_hub: the repository {self.args.hub_model_id or self.args.output_dir}"):
+            super().init_hf_repo(token)
+
     # Trainer internals: all of them are needed with Transformers 4.57 and 5.
 
     def _get_train_sampler(self, train_dataset=None):
@@ -1158,7 +1163,7 @@ def find_checkpoint(training_args):
                 f"--resume_from_checkpoint {named}: {checkpoints[-1][1]} is newer; use another --output_dir"
             )
         return matching[0]
-    content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", ".lock"}
+    content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
     if training_args.overwrite_output_dir:
         return 0, None
     complete = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
@@ -1176,7 +1181,7 @@ def output_lock(training_args):
     folder = training_args.output_dir
     with user_errors(f"--output_dir {folder} (is another run writing there?)"):
         os.makedirs(folder, exist_ok=True)
-        lock = filelock.FileLock(os.path.join(folder, ".lock")).acquire(blocking=False)
+        lock = filelock.FileLock(os.path.join(folder, "_lock")).acquire(blocking=False)
     with lock:
         yield
 

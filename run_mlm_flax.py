@@ -1178,7 +1178,7 @@ def find_checkpoint(training_args):
                 f"--resume_from_checkpoint {named}: {checkpoints[-1][1]} is newer; use another --output_dir"
             )
         return matching[0]
-    content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", ".lock"}
+    content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
     if training_args.overwrite_output_dir:
         return 0, None
     complete = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
@@ -1196,7 +1196,7 @@ def output_lock(training_args):
     folder = training_args.output_dir
     with user_errors(f"--output_dir {folder} (is another run writing there?)"):
         os.makedirs(folder, exist_ok=True)
-        lock = filelock.FileLock(os.path.join(folder, ".lock")).acquire(blocking=False)
+        lock = filelock.FileLock(os.path.join(folder, "_lock")).acquire(blocking=False)
     with lock:
         yield
 
@@ -1631,7 +1631,7 @@ def publish(run, model_args, data_args, metrics):
         return
     results = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
     found = {kind: metrics[key] for kind, key in results.items() if math.isfinite(metrics.get(key, math.inf))}
-    name, dataset = os.path.basename(os.path.abspath(args.output_dir)), data_args.dataset_name or "text"
+    name, dataset = (args.hub_model_id or args.output_dir).rstrip("/").split("/")[-1], data_args.dataset_name or "text"
     card = ModelCardData(
         model_name=name,
         library_name="transformers",

@@ -29,32 +29,6 @@ def run(tmp_path, capfd):
     return train
 
 
-@pytest.mark.parametrize(
-    ("settings", "warmup"),
-    [
-        ({"warmup_ratio": 0.5}, 4),
-        ({"warmup_ratio": 0.3}, 3),  # 2.4, rounded up.
-        ({"warmup_ratio": 0.5, "warmup_steps": 2}, 2),
-        ({"warmup_steps": 4}, 4),
-        ({}, 0),
-    ],
-    ids=str,
-)
-def test_warmup(run, settings, warmup):
-    rates, _ = run(report_to="none", **settings)
-    assert rates == pytest.approx([step / warmup if step < warmup else 1 for step in range(STEPS)])
-
-
-def test_a_warmup_beyond_the_training(run):
-    assert "--warmup_ratio 1.5 must be from 0 to 1" in run(warmup_ratio=1.5)[1]
-
-
-@pytest.mark.parametrize("settings", [{}, {"report_to": "tensorboard"}, {"report_to": "all"}], ids=str)
-def test_events_go_where_they_are_told(run, tmp_path, settings):
-    run(logging_dir=tmp_path / "events", learning_rate=1e-3, **settings)
-    assert [path.parent for path in tmp_path.rglob("events.out.*")] == [tmp_path / "events"]
-
-
 @pytest.mark.parametrize("task", ["do_train", "do_eval"])
 def test_events_are_below_the_output_otherwise(run, tmp_path, monkeypatch, task):
     (tmp_path / "work").mkdir()
@@ -73,17 +47,3 @@ def test_overwriting_the_output(run, tmp_path):
     assert "--overwrite_output_dir" in run(report_to="none")[1]
     rates, _ = run(report_to="none", overwrite_output_dir=True)
     assert len(rates) == STEPS
-
-
-def test_safetensors_are_written_or_refused(run, tmp_path):
-    _, error = run(report_to="none", save_safetensors="false", learning_rate=1e-3)
-    if run_mlm.transformers.__version__.startswith("4."):
-        assert (tmp_path / "output" / "pytorch_model.bin").exists()
-    else:
-        assert "--save_safetensors false" in error
-        assert not (tmp_path / "output").exists()
-
-
-def test_sharding_on_a_cpu_is_refused(run, monkeypatch):
-    monkeypatch.setattr(run_mlm.torch.accelerator, "is_available", lambda: False)
-    assert "--fsdp needs GPUs" in run(fsdp="full_shard auto_wrap")[1]
