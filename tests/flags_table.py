@@ -1,4 +1,4 @@
-"""Print README's tables of flags, made from the parsers of both scripts; with --write, put them into README.md.
+"""Print the tables of flags, made from the parsers of both scripts; with --write, put them into configs/README.md.
 
 python tests/flags_table.py --write
 """
@@ -105,7 +105,7 @@ def make_tables():
 
 
 def replace_tables(readme):
-    """Return the text of README with fresh tables between the markers."""
+    """Return the text of the file with fresh tables between the markers."""
     before, rest = readme.split(BEGIN)
     return before + make_tables() + rest.split(END)[1]
 
@@ -113,11 +113,11 @@ def replace_tables(readme):
 def main():
     """Print the tables, or write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write them into README.md")
+    parser.add_argument("--write", action="store_true", help="write them into configs/README.md")
     if not parser.parse_args().write:
         print(make_tables())
         return
-    path = ROOT / "README.md"
+    path = ROOT / "configs" / "README.md"
     path.write_text(replace_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
 
 
