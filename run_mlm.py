@@ -849,7 +849,16 @@ def load_model(model_args, config, tokenizer):
             model = load_tensorflow_model(name.removesuffix(".index"), config)
         else:
             model = AutoModelForMaskedLM.from_pretrained(name, config=config, **model_args.model_options)
+        if model.config.get_text_config().vocab_size == len(tokenizer):
+            return model  # Some models cannot be resized.
         model.resize_token_embeddings(len(tokenizer))
+        if isinstance(model._tied_weights_keys, dict) and not model.config.tie_word_embeddings:
+            # Transformers 5 leaves the second bias of an untied decoder shared or too short: it could not be loaded.
+            for path in model._tied_weights_keys.values():
+                parent, _, name = path.rpartition(".")
+                if name == "bias":
+                    bias = model.get_output_embeddings().bias.detach().clone()
+                    setattr(model.get_submodule(parent), name, torch.nn.Parameter(bias))
     return model
 
 
@@ -1115,7 +1124,7 @@ def masked_lm_metrics(prediction):
 def mean_metrics(loss, hits, count):
     """Return {"loss", "accuracy", "perplexity"} from sums over `count` masked tokens; perplexity is inf on overflow."""
     mean, accuracy = float(loss) / max(int(count), 1), float(hits) / max(int(count), 1)
-    return {"loss": mean, "accuracy": accuracy, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+    return {"loss": mean, "accuracy": accuracy, "perplexity": math.inf if mean > 700 else math.exp(mean)}
 
 
 # ---- 6. Run ---------------------------------------------------------------------------------------------------------
@@ -1234,7 +1243,7 @@ def log_predictions(dataset, collator, predict):
     """Log the predictions for the masked tokens of a few samples; `predict` maps a batch to logits [B, L, V]."""
     samples = [dataset[i] for i in range(min(3, len(dataset)))]
     samples = [{name: value if np.isscalar(value) else value[:32] for name, value in row.items()} for row in samples]
-    batch, decode = collator.collate(samples, length=32), collator.tokenizer.decode
+    batch, decode = collator.collate(samples), collator.tokenizer.decode
     logits = predict({name: batch[name] for name in ("input_ids", "attention_mask")})
     for ids, attended, labels, scores in zip(*batch.values(), np.asarray(logits, np.float32)):
         masked = np.flatnonzero(labels != IGNORED_LABEL)

@@ -996,7 +996,7 @@ def check_shapes(logits, targets):
 def mean_metrics(loss, hits, count):
     """Return {"loss", "accuracy", "perplexity"} from sums over `count` masked tokens; perplexity is inf on overflow."""
     mean, accuracy = float(loss) / max(int(count), 1), float(hits) / max(int(count), 1)
-    return {"loss": mean, "accuracy": accuracy, "perplexity": math.exp(mean) if mean < 700 else math.inf}
+    return {"loss": mean, "accuracy": accuracy, "perplexity": math.inf if mean > 700 else math.exp(mean)}
 
 
 def fast_dropout(module, inputs):
@@ -1249,7 +1249,7 @@ def log_predictions(dataset, collator, predict):
     """Log the predictions for the masked tokens of a few samples; `predict` maps a batch to logits [B, L, V]."""
     samples = [dataset[i] for i in range(min(3, len(dataset)))]
     samples = [{name: value if np.isscalar(value) else value[:32] for name, value in row.items()} for row in samples]
-    batch, decode = collator.collate(samples, length=32), collator.tokenizer.decode
+    batch, decode = collator.collate(samples), collator.tokenizer.decode
     logits = predict({name: batch[name] for name in ("input_ids", "attention_mask")})
     for ids, attended, labels, scores in zip(*batch.values(), np.asarray(logits, np.float32)):
         masked = np.flatnonzero(labels != IGNORED_LABEL)
@@ -1291,9 +1291,11 @@ def main_process_first(name):
     several = jax.distributed.is_initialized()
     if several and jax.process_index() > 0:
         multihost_utils.sync_global_devices(name)
-    yield
-    if several and jax.process_index() == 0:
-        multihost_utils.sync_global_devices(name)
+    try:
+        yield
+    finally:  # After an error too: the others find it themselves.
+        if several and jax.process_index() == 0:
+            multihost_utils.sync_global_devices(name)
 
 
 def largest_of_processes(*values):
@@ -1490,6 +1492,7 @@ def train(run, step, checkpoint):
                 check_losses(run, losses[-1:])
                 save_checkpoint(run, optimizer, dropout_rngs)
             if received:
+                multihost_utils.sync_global_devices("saved")
                 logger.info(f"Stopped by signal {received}; the checkpoint of step {run.step} is saved.")
                 raise SystemExit(128 + received)
         write_model(run, optimizer.params, args.output_dir)
@@ -1687,8 +1690,9 @@ def main(argv=None):
             predict = functools.partial(jax.jit(run.apply_fn), jax_utils.unreplicate(params))
             log_predictions(tokenized["validation"], run.collator, predict)
             metrics |= eval_metrics
-        if training_args.do_train:
-            publish(run, model_args, data_args, metrics)
+        with main_process_first("publishing"):  # A process that ends would end those that still write.
+            if training_args.do_train:
+                publish(run, model_args, data_args, metrics)
         return metrics
 
 

@@ -45,16 +45,16 @@ CHANGES = {
 }
 PYTORCH = {
     "layer": set(
-        "bert big_bird camembert convbert data2vec-text deberta deberta-v2 electra ernie esm layoutlm megatron-bert "
+        "bert big_bird camembert convbert data2vec-text deberta deberta-v2 electra ernie esm layoutlm longformer megatron-bert "
         "mra nezha nystromformer rembert roberta roberta-prelayernorm roc_bert roformer tapas xlm-roberta "
         "xlm-roberta-xl yoso".split()
     ),
     "encoder": set(
-        "albert distilbert flaubert fnet funnel ibert longformer luke mega mobilebert modernbert mpnet reformer "
+        "albert bart distilbert flaubert fnet funnel ibert luke mbart mega mobilebert modernbert mpnet mvp reformer "
         "squeezebert xlm xmod "
         "esmc eurobert gte jina_embeddings_v3 modernvbert neomme nomic_bert ultrabert ultravbert".split()
     ),
-    "dense": {"bart", "mbart", "mvp", "perceiver"},
+    "dense": {"perceiver"},
     "no": {"qdqbert", "wav2vec2"},
 }
 FLAX = {

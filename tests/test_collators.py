@@ -80,7 +80,7 @@ def test_pytorch_collator_is_the_stock_one_from_outside(tokenizer, encoded, prep
 def test_pytorch_collator_has_the_stock_settings():
     ours = {item.name: item.default for item in dataclasses.fields(run_mlm.MaskedLMCollator)}
     stock = {item.name: item.default for item in dataclasses.fields(transformers.DataCollatorForLanguageModeling)}
-    assert stock.items() <= ours.items()
+    assert stock.items() - {("seed", None)} <= ours.items()  # Ours can always be reproduced.
 
 
 @pytest.mark.parametrize("make", [run_mlm.MaskedLMCollator, FlaxCollator])

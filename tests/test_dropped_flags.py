@@ -1,4 +1,4 @@
-"""Flags that Transformers 5 has dropped do in `run_mlm.py` what they did before."""
+"""Flags that Transformers 5 has dropped work where the installed version has them, or this script declares them."""
 
 import pytest
 from conftest import flags, make_model, read_json, sentences, write_lines
@@ -6,6 +6,7 @@ from conftest import flags, make_model, read_json, sentences, write_lines
 import run_mlm
 
 STEPS = 8
+TRANSFORMERS_4 = run_mlm.transformers.__version__.startswith("4.")
 
 
 @pytest.fixture
@@ -27,6 +28,27 @@ def run(tmp_path, capfd):
 
     train.arguments = lambda **changes: flags(**settings | changes)
     return train
+
+
+@pytest.mark.parametrize(
+    ("settings", "warmup"),
+    [({"warmup_ratio": 0.5}, 4), ({"warmup_ratio": 0.5, "warmup_steps": 2}, 2), ({"warmup_steps": 4}, 4)],
+    ids=str,
+)
+def test_warmup(run, settings, warmup):
+    rates, error = run(report_to="none", **settings)
+    if "warmup_ratio" in settings and not TRANSFORMERS_4:
+        assert "unknown argument --warmup_ratio" in error
+    else:
+        assert rates == pytest.approx([step / warmup if step < warmup else 1 for step in range(STEPS)])
+
+
+def test_events_go_where_they_are_told(run, tmp_path):
+    _, error = run(logging_dir=tmp_path / "events", learning_rate=1e-3, report_to="tensorboard")
+    if TRANSFORMERS_4:
+        assert [path.parent for path in tmp_path.rglob("events.out.*")] == [tmp_path / "events"]
+    else:
+        assert "unknown argument --logging_dir" in error
 
 
 @pytest.mark.parametrize("task", ["do_train", "do_eval"])

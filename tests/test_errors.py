@@ -126,6 +126,19 @@ ARGUMENTS = [
         lambda place: {"learnin_rate": 1},
         ["unknown argument --learnin_rate", "did you mean --learning_rate"],
     ),
+    Mistake(
+        "flag of the Flax script",
+        lambda place: {"coordinator_address": "localhost:1"},
+        ["unknown argument --coordinator_address"],
+        TORCH,
+    ),
+    Mistake("flags of the Trainer", lambda place: {"gradient_checkpointing": True}, ["--gradient_checkpointing"], FLAX),
+    Mistake("fp16 in Flax", lambda place: {"fp16": True}, ["unknown argument --fp16"], FLAX),
+    Mistake(
+        "references alone",
+        lambda place: {"train_ref_file": place.train, "line_by_line": "false"},
+        ["reference files", "--line_by_line true"],
+    ),
     Mistake("wrong type", lambda place: {"max_seq_length": "long"}, ["--max_seq_length", "long"]),
     Mistake("no value", lambda place: ["--max_seq_length"], ["--max_seq_length", "expected one argument"]),
     Mistake("a switch with a text", lambda place: {"do_eval": "perhaps"}, ["--do_eval", "perhaps"]),
@@ -150,8 +163,8 @@ NUMBERS = [
     Mistake("eval_batch_size=-1", lambda place: {"eval_batch_size": -1}, ["eval_batch_size -1", "outside [1, inf)"]),
     number("gradient_accumulation_steps", 0),
     number("max_seq_length", 0),
-    number("max_steps", 0),
-    number("max_steps", -7),
+    Mistake("max_steps=0", lambda place: {"max_steps": 0}, ["--max_steps 0 ", "above 0"]),
+    Mistake("max_steps=-7", lambda place: {"max_steps": -7}, ["--max_steps -7 ", "above 0"]),
     number("num_train_epochs", 0, max_steps=-1),
     number("num_train_epochs", "inf"),
     number("learning_rate", -1),
@@ -428,7 +441,7 @@ def command_line(place, mistake):
 
 
 def snapshot(place):
-    """Return {path: (kind, size, time of the last change)} of everything below the inputs and the output folder but the lock."""
+    """Return {path: (kind, size, time of the last change)} of all below the inputs and the output but the lock."""
     found = {}
     for folder in (place.inputs, place.output):
         for path in folder.rglob("*"):
@@ -440,10 +453,11 @@ def snapshot(place):
 
 def check_message(stderr, words):
     """Check that stderr holds one error line, that it has all the words, and no traceback."""
-    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert lines == stderr.splitlines()[-1:], stderr
     assert "Traceback" not in stderr
     for word in words:
-        assert word in line
+        assert word in lines[0]
 
 
 # Readers of `datasets` leave a file open when it is broken.

@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import flags
-from setups import set_up
 
 import run_mlm_flax
 
@@ -70,7 +68,7 @@ def test_no_warmup_is_one_step_of_it(factor):
 
 @pytest.mark.parametrize("factors", ["constant * quadratic", "", "constant * ", "constant, linear_warmup"])
 def test_an_unknown_factor_is_named(factors):
-    with pytest.raises(ValueError, match="known factors: constant, linear_warmup, rsqrt_decay") as error:
+    with pytest.raises(ValueError, match="known: constant, linear_warmup, rsqrt_decay") as error:
         make(factors)
     assert repr(factors) in str(error.value)
 
@@ -86,29 +84,3 @@ def test_named_schedules_are_the_trainers_at_every_step(name, warmup):
         assert float(ours(step)) == pytest.approx(stock.get_last_lr()[0], rel=1e-5, abs=1e-10)
         optimizer.step()
         stock.step()
-
-
-@pytest.mark.parametrize(
-    ("schedule", "warns"),
-    [
-        ("constant * linear_warmup * rsqrt_decay", True),
-        ("constant * linear_warmup * rsqrt_normalized_decay", False),
-        ("linear", False),
-    ],
-)
-def test_the_summary_warns_of_a_peak_far_below_the_learning_rate(
-    model_folder, text_files, tmp_path, caplog, schedule, warns
-):
-    run = set_up(
-        run_mlm_flax,
-        flags(model_name_or_path=model_folder, train_file=text_files["train_file"], output_dir=tmp_path / "output")
-        + flags(max_seq_length=16, max_steps=500, warmup_steps=400, learning_rate=1e-3, lr_scheduler_type=schedule),
-    )
-    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    found = [message for message in warnings if "rsqrt_normalized_decay" in message]
-    assert len(found) == warns
-    if warns:  # The peak is 1e-3 / sqrt(400), at step 400.
-        assert "5e-05" in found[0] and "0.001" in found[0]
-    peak = next(record.getMessage() for record in caplog.records if "peak learning rate" in record.getMessage())
-    assert peak.split()[-1] == ("5e-05" if warns else "0.001")
-    assert float(run.schedule(400)) == pytest.approx(5e-5 if warns else 1e-3)

@@ -147,7 +147,7 @@ def test_evaluation_has_its_own_share_of_masks(tmp_path):
             run_mlm_flax.FlaxDataCollatorForLanguageModeling(tokenizer, **share_in),
         ):
             for epoch, share in ((0, train), (7, train), (run_mlm.EVAL_EPOCH, evaluation)):
-                labels = collator([{"input_ids": row, "epoch": epoch, "index": 3}])["labels"]
+                labels = np.asarray(collator([{"input_ids": row, "epoch": epoch, "index": 3}])["labels"])
                 assert (labels >= 0).mean() == pytest.approx(share, rel=0.1)
 
 

@@ -108,6 +108,23 @@ def test_each_architecture_trains_alike_and_is_saved_whole(tmp_path, architectur
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+def test_an_untied_decoder_of_another_vocabulary_is_saved_whole(script, tmp_path, architecture):
+    # A tokenizer whose vocabulary has another size than the model, and an evaluation of what training saved.
+    folder = make_model(tmp_path / "model", architecture, tie_word_embeddings=False, **SMALL)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["sunflower", "windmill"])
+    tokenizer.save_pretrained(folder)
+    validation = {"validation_file": write_lines(tmp_path / "validation.txt", sentences(20, seed=1)), "do_eval": True}
+    output = tmp_path / "output"
+    metrics = train_two_steps(script, output, model_name_or_path=folder, **validation)
+    again = script.main(
+        flags(model_name_or_path=output, output_dir=tmp_path / "again", line_by_line="false", max_seq_length=LENGTH)
+        + flags(**validation)
+    )
+    assert again["eval_loss"] == pytest.approx(metrics["eval_loss"], rel=1e-6)
+
+
 def test_an_untied_decoder_of_a_grown_vocabulary_survives(script, tmp_path):
     folder = make_model(tmp_path / "model", tie_word_embeddings=False, **SMALL)
     before = load_file(Path(folder) / "model.safetensors")

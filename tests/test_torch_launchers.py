@@ -51,6 +51,30 @@ if os.environ["RANK"] == rank:
     setattr(place, method, broken)
 run_mlm.main()
 """
+# Sends one rank a signal at the start of a step, or after the last one.
+SIGNALLED = """
+import os, signal, run_mlm
+
+place, step = os.environ["SIGNAL"].split()
+method = {"step": "training_step", "end": "save_model"}[place]
+function, calls = getattr(run_mlm.MaskedLMTrainer, method), []
+
+
+def signalled(*args, **kwargs):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == int(step):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return function(*args, **kwargs)
+
+
+setattr(run_mlm.MaskedLMTrainer, method, signalled)
+try:
+    run_mlm.main()
+except SystemExit as stop:
+    with open(f"status-{os.environ['RANK']}", "w") as file:
+        file.write(str(stop.code))
+    raise
+"""
 # What `xla_spawn` does with its arguments, and a `torch_xla` whose devices are processes on the CPU.
 XLA_SPAWN = """
 import argparse, importlib, sys
@@ -177,3 +201,14 @@ def test_a_mistake_of_the_user_ends_all(work):
     done = launch(work, [*TORCHRUN, str(ROOT / "run_mlm.py"), *arguments("output", 4, train_file="none.txt")])
     assert done.returncode != 0
     assert "error: --train_file none.txt: " in done.stderr
+
+
+@pytest.mark.parametrize(("when", "checkpoints"), [("step 2", [2]), (f"step {STEPS}", [STEPS]), ("end 1", [])])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(work, when, checkpoints):
+    (work / "signalled.py").write_text(SIGNALLED)
+    done = launch(work, [*TORCHRUN, "signalled.py", *arguments("output", 4, save_strategy="no")], SIGNAL=when)
+    assert done.returncode != 0
+    assert [(work / f"status-{rank}").read_text() for rank in (0, 1)] == ["143", "143"], done.stderr
+    assert [path.name for path in (work / "output").glob("checkpoint-*")] == [f"checkpoint-{n}" for n in checkpoints]
+    if not checkpoints:
+        assert (work / "output" / "model.safetensors").exists()

@@ -18,7 +18,7 @@ import ours
 import report
 import stock
 
-TARGET = 20
+TARGET = 5
 NAMES = {
     "torch": ("stock", "stock, without special_tokens_mask (the Trainer removes it)", "ours"),
     "flax": ("stock", "ours"),

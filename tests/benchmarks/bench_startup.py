@@ -1,6 +1,7 @@
 """Start-up: wall time from the start of the process to the end of the first training step, tiny model, warm caches.
 
     python tests/benchmarks/bench_startup.py
+    python tests/benchmarks/bench_startup.py --previous FOLDER
 
 The scripts run as the programs that they are. "nothing compiled yet" is our Flax script with an empty compilation
 cache; the other runs of it find the step that an earlier run compiled. The second table is the peak memory of setting
@@ -24,11 +25,14 @@ import stock
 STEPS = 10_007  # Of the run that ends after its first one: the progress bar of the training is known by its length.
 BATCH, LENGTH = 8, 64
 TARGET = 1.0
+PREVIOUS = "previous"  # The variant that runs the scripts of `--previous`.
 VARIANTS = [  # (backend, variant, side, whether nothing is compiled yet)
     ("torch", "stock", "stock", False),
     ("torch", "ours", "ours", False),
+    ("torch", PREVIOUS, "ours", False),
     ("flax", "stock", "stock", False),
     ("flax", "ours", "ours", False),
+    ("flax", PREVIOUS, "ours", False),
     ("flax", "ours, nothing compiled yet", "ours", True),
 ]
 CACHE_VARIABLES = ("HOME", "XDG_CACHE_HOME", "HF_HOME", "TMPDIR")  # Below which programs keep what they compiled.
@@ -50,7 +54,8 @@ def measure(spec):
     else:
         flags = ["--model_name_or_path", spec["model"], "--train_file", files[0], "--validation_file", files[1]]
         flags += ["--line_by_line", "false", "--train_batch_size", BATCH, "--max_seq_length", LENGTH, "--do_train"]
-        ours.start(spec["backend"], [str(flag) for flag in [*flags, "--max_steps", STEPS, "--output_dir", output]])
+        flags += ["--max_steps", STEPS, "--output_dir", output]
+        ours.start(spec["backend"], [str(flag) for flag in flags], spec["scripts"])
     raise RuntimeError("the program ended without a first step: has its progress bar changed?")
 
 
@@ -88,6 +93,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--backend", choices=["torch", "flax", "both"], default="both")
+    children.add_previous_option(parser)
     parser.add_argument("--no_set_up", action="store_true", help="leave out the second table")
     parser.add_argument("--name", default="startup_cpu", help="of the report")
     return parser.parse_args()
@@ -110,16 +116,19 @@ def main():
     args = parse_args()
     made = report.Report(args.name, "Start-up, tiny model, CPU", vars(args))
     folder = Path(tempfile.mkdtemp(prefix="bench-"))
-    spec = {"model": str(folder / "model"), "kind": "start"}
+    spec = {"model": str(folder / "model"), "kind": "start", "scripts": None}
     spec |= {f"{split}_file": material.write_text(folder / f"{split}.txt", 0.3) for split in ("train", "validation")}
     variants = [variant for variant in VARIANTS if args.backend in ("both", variant[0])]
+    variants = [variant for variant in variants if args.previous or variant[1] != PREVIOUS]
     try:
         run_variant(folder, {**spec, "kind": "model", "side": "ours", "backend": "torch"}, "model", False)
         for index in range(-1, args.rounds):  # The first round fills the caches.
             for backend, name, side, cold in variants:
                 if index < 0 and cold:
                     continue
-                result = run_variant(folder, {**spec, "backend": backend, "side": side}, name, cold)
+                scripts = args.previous if name == PREVIOUS else None
+                changes = {"backend": backend, "side": side, "scripts": scripts}
+                result = run_variant(folder, {**spec, **changes}, name, cold)
                 if index >= 0 or "error" in result:
                     made.add(result, kind="start", backend=backend, variant=name, round=index)
                     made.tables["Process start to the end of the first step"] = start_rows(made, variants)

@@ -1,9 +1,11 @@
 """Measure in a process of its own: start it, read its memory, time its steps.
 
 A benchmark program starts itself again as `bench_x.py --child SPEC`, once per variant and round, so that every
-measurement has a fresh backend and a fresh memory high-water mark. The parent imports no framework.
+measurement has a fresh backend and a fresh memory high-water mark. The parent imports no framework. A child imports
+the scripts from the folder that its SPEC names under "scripts", or those of this checkout.
 """
 
+import argparse
 import contextlib
 import json
 import os
@@ -135,8 +137,8 @@ def child_main(measure):
     """
     if CHILD not in sys.argv[1:2]:
         return
-    sys.path.insert(1, str(ROOT))
     spec = json.loads(Path(sys.argv[2]).read_text())
+    sys.path.insert(1, spec.get("scripts") or str(ROOT))
     status = 1
     try:
         write_result(spec, measure(spec))
@@ -149,6 +151,18 @@ def child_main(measure):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status if isinstance(status, int) else 1)
+
+
+def add_previous_option(parser):
+    """Add `--previous` to the options of a benchmark."""
+    parser.add_argument("--previous", type=scripts_folder, help="folder of other run_mlm*.py to measure as well")
+
+
+def scripts_folder(name):
+    """Return the full path of a folder with the two scripts."""
+    if not all((Path(name) / f"{script}.py").is_file() for script in ("run_mlm", "run_mlm_flax")):
+        raise argparse.ArgumentTypeError(f"{name} does not hold run_mlm.py and run_mlm_flax.py")
+    return str(Path(name).resolve())
 
 
 def finish(spec, result):

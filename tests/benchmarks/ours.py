@@ -231,7 +231,7 @@ def tokenize(spec):
         tokenized = real(*args, **kwargs)
         seconds = time.perf_counter() - start
         paths = [file["filename"] for split in tokenized.values() for file in split.dataset.cache_files]
-        tokens = sum(split.num_tokens for split in tokenized.values())
+        tokens = sum(int(split.lengths.sum()) for split in tokenized.values())
         result.update(seconds=seconds, tokens=tokens, bytes=sum(map(os.path.getsize, paths)))
         return tokenized
 
@@ -252,8 +252,8 @@ def first_batch(spec, measure):
     script.main([*arguments(spec), "--do_train", "--max_steps", "2"])
 
 
-def start(backend, flags):
-    """Run the script as the program that it is."""
-    path = os.path.join(children.ROOT, f"{SCRIPT[backend]}.py")
+def start(backend, flags, folder=None):
+    """Run the script of a folder, or of this checkout, as the program that it is."""
+    path = os.path.join(folder or children.ROOT, f"{SCRIPT[backend]}.py")
     sys.argv = [path, *flags]
     runpy.run_path(path, run_name="__main__")
