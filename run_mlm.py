@@ -453,14 +453,14 @@ def encode_texts(table, tokenizer, column, line_by_line, max_seq_length, whole_w
 
 
 def find_text_column(raw, wanted):
-    """Return (name of the text column, names of all columns)."""
+    """Return (name of the text column, names of all columns); raises `ValueError` for a column without text."""
     names = raw.column_names or list(next(iter(raw), {"text": ""}))
     column = wanted or ("text" if "text" in names else names[0])
     if column not in names:
-        raise UserError(f"--text_column_name {column} is not one of the columns {', '.join(names)}")
+        raise ValueError(f"--text_column_name {column} is not one of the columns {', '.join(names)}")
     kind = raw.features[column] if raw.features else datasets.Value("string")
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise UserError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
+        raise ValueError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
     return column, names
 
 
@@ -479,6 +479,8 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
         with user_errors(f"the {split} data of {source}"):
             if data_args.streaming and split == "validation":  # Held in memory.
                 raw = datasets.Dataset.from_list(list(raw.take(limit) if limit else raw))
+            if isinstance(raw, datasets.Dataset) and not len(raw):
+                continue  # `check_samples` reports it.
             column, names = find_text_column(raw, data_args.text_column_name)
             encode = functools.partial(encode_texts, column=column, **settings)
             if data_args.streaming and split == "train":

@@ -45,9 +45,9 @@ CHANGES = {
 }
 PYTORCH = {
     "layer": set(
-        "bert big_bird camembert convbert data2vec-text deberta deberta-v2 electra ernie esm layoutlm longformer megatron-bert "
-        "mra nezha nystromformer rembert roberta roberta-prelayernorm roc_bert roformer tapas xlm-roberta "
-        "xlm-roberta-xl yoso".split()
+        "bert big_bird camembert convbert data2vec-text deberta deberta-v2 electra ernie esm layoutlm longformer "
+        "megatron-bert mra nezha nystromformer rembert roberta roberta-prelayernorm roc_bert roformer tapas "
+        "xlm-roberta xlm-roberta-xl yoso".split()
     ),
     "encoder": set(
         "albert bart distilbert flaubert fnet funnel ibert luke mbart mega mobilebert modernbert mpnet mvp reformer "
@@ -77,7 +77,7 @@ ERRORS = {
     "qdqbert": "QDQBertModel requires the pytorch-quantization library",
     "wav2vec2": "wav2vec2",
 }
-OWN_LOSS_FAILS = {"perceiver"}  # It has logits for all positions that the model could take.
+OWN_LOSS_FAILS = {"bart", "mbart", "mvp", "perceiver"}  # With labels: other decoder inputs, or logits of all positions.
 
 
 def working(table):

@@ -214,7 +214,6 @@ CONFIGS = [
         ["unknown argument --max_seq_lenght", "did you mean --max_seq_length"],
     ),
     Mistake("odd key", lambda place: place.config({"": []}), ["unknown argument --"]),
-    Mistake("help as a key", lambda place: place.config({"help": []}), ["help"]),
     Mistake("key of a wrong type", lambda place: place.config({"max_seq_length": 16.5}), ["max_seq_length", "16.5"]),
     Mistake("switch of a wrong type", lambda place: place.config({"do_train": "maybe"}), ["do_train", "maybe"]),
     Mistake("a list for a number", lambda place: place.config({"mlm_probability": [0.1, 0.2]}), ["0.2"]),
