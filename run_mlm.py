@@ -365,7 +365,8 @@ def load_raw_datasets(model_args, data_args):
         first = data_args.max_val_samples or STREAMED_VALIDATION
         return {"train": train.skip(first), "validation": train.take(first)}
     first = round(len(train) * data_args.validation_split_percentage / 100)
-    return {"train": train.select(range(first, len(train))), "validation": train.select(range(first))}
+    rows = {"train": range(first, len(train)), "validation": range(first)}
+    return {split: train.select(part) for split, part in rows.items() if part}
 
 
 def load_files(split, names, options):

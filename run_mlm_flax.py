@@ -398,7 +398,8 @@ def load_raw_datasets(model_args, data_args):
         first = data_args.max_val_samples or STREAMED_VALIDATION
         return {"train": train.skip(first), "validation": train.take(first)}
     first = round(len(train) * data_args.validation_split_percentage / 100)
-    return {"train": train.select(range(first, len(train))), "validation": train.select(range(first))}
+    rows = {"train": range(first, len(train)), "validation": range(first)}
+    return {split: train.select(part) for split, part in rows.items() if part}
 
 
 def load_files(split, names, options):
@@ -1376,8 +1377,7 @@ class Run:
     def batch(self, dataset, keys, rows, accumulation=1):
         """Return this process's part of the batch of samples `keys`: arrays [D, A, B, L], D its own devices.
 
-        Missing samples are copies of the first one without labels. The length is decided by all samples, in each
-        process alike, and is one of few.
+        Missing samples are copies of the first one without labels. All samples decide the length, which is one of few.
         """
         places = np.arange(rows * accumulation * jax.device_count())
         own = places.reshape(accumulation, jax.process_count(), -1)[:, jax.process_index()].ravel()
@@ -1428,7 +1428,6 @@ def training_batches(run):
 def create_training_state(run, schedule, checkpoint):
     """Return (optimizer, dropout_rngs) on every device, new or as in a checkpoint, which every process reads."""
     args, params, tx = run.args, run.model.params, create_optimizer(run.args, schedule)
-    # The kind of keys that XLA draws fastest with.
     keys = jax.random.key_data(jax.random.split(jax.random.key(args.seed, impl="rbg"), jax.device_count()))
     opt_state = tx.init(params)
     if checkpoint:
@@ -1525,8 +1524,7 @@ def start_training(run, step, checkpoint):
     logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
     schedule = create_schedule(args, run.num_steps)
     peak = float(jax.vmap(schedule)(np.unique(np.linspace(0, run.num_steps, 1000, dtype=int))).max())
-    num_parameters = sum(value.size for value in jax.tree.leaves(run.model.params))
-    log_training(args, num_parameters, run.num_steps, peak)
+    log_training(args, sum(value.size for value in jax.tree.leaves(run.model.params)), run.num_steps, peak)
     return schedule
 
 
