@@ -189,6 +189,7 @@ class TrainingArguments(transformers.TrainingArguments):
     per_device_train_batch_size: int = HfArg(default=8, help="Batch size per device.", aliases=["--train_batch_size"])
     per_device_eval_batch_size: int = HfArg(default=8, help="The same in evaluation.", aliases=["--eval_batch_size"])
     report_to: Optional[list[str]] = HfArg(default=None, help="Where to log: all, tensorboard, wandb, none, ...")
+    hub_strategy: str = HfArg(default="end", help="When to upload: end, every_save, checkpoint, all_checkpoints.")
     # Transformers 5 has dropped these: they are documented, shared with the Flax script, or given by `xla_spawn`.
     overwrite_output_dir: bool = HfArg(default=False, help="Overwrite the contents of output_dir.")
     group_by_length: bool = HfArg(default=False, help="Group samples of similar length into batches.")
@@ -1020,12 +1021,12 @@ class MaskedLMTrainer(Trainer):
 
     def create_optimizer(self, *args, **kwargs):
         """Return the optimizer; raises `UserError` for one that is not installed."""
-        with user_errors(f"--optim {self.args.optim}"):
+        with user_errors(f"--optim {self.args.optim.value}"):
             return super().create_optimizer(*args, **kwargs)
 
     def create_scheduler(self, *args, **kwargs):
         """Return the learning-rate schedule; raises `UserError` if it lacks an argument."""
-        with user_errors(f"--lr_scheduler_type {self.args.lr_scheduler_type}"):
+        with user_errors(f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"):
             return super().create_scheduler(*args, **kwargs)
 
     def init_hf_repo(self, token=None):
@@ -1324,6 +1325,8 @@ def train(trainer, step, checkpoint):
 def evaluate(trainer):
     """Evaluate on all validation samples and return the metrics."""
     metrics = trainer.evaluate()
+    for name in ("eval_model_preparation_time",) if trainer.args.do_train else ("eval_model_preparation_time", "epoch"):
+        metrics.pop(name, None)  # Only without a training before; Transformers 5 calls that epoch 0.
     metrics["perplexity"] = metrics.pop("eval_perplexity")
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)

@@ -190,18 +190,6 @@ def test_a_repository_that_cannot_be_is_found_before_training(
     assert not (tmp_path / "o" / "model.safetensors").exists()
 
 
-def test_the_trainers_own_strategy_uploads_whole_checkpoints(hub, push, tmp_path):
-    done = push("run_mlm", hub_strategy="all_checkpoints", hub_always_push=True)
-    assert done.returncode == 0, done.stderr
-    files = hub.files["me/my-model"]
-    folder = tmp_path / "my-model"
-    for path in (folder / "checkpoint-1").iterdir():
-        assert files[f"checkpoint-1/{path.name}"] == path.read_bytes()
-    assert files["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    assert files["README.md"] == (folder / "README.md").read_bytes()
-    assert "Training in progress, step 1" in hub.messages
-
-
 def push_flags(tmp_path, **changes):
     """Return flags of an upload, of files that are never read."""
     settings = {"model_name_or_path": "m", "train_file": "t.txt", "output_dir": tmp_path / "o", "do_train": True}

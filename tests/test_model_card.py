@@ -33,7 +33,8 @@ def cards(tmp_path_factory):
 @pytest.mark.parametrize("name", INSTALLED)
 def test_the_metadata_is_what_the_hub_reads(cards, name):
     data = ModelCard.load(cards[name] / "README.md").data
-    assert (data.library_name, data.pipeline_tag) == ("transformers", "fill-mask")
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == (None if name == "run_mlm" else "fill-mask")  # The hub finds it in config.json.
     assert data.base_model is None  # A folder of this machine.
     assert "masked-language-modeling" in data.tags
 
