@@ -94,3 +94,10 @@ def test_mean_metrics_at_the_limits(script):
     assert script.mean_metrics(math.inf, 0, 1)["perplexity"] == math.inf
     assert math.isnan(script.mean_metrics(math.nan, 0, 1)["perplexity"])
     assert script.mean_metrics(0.0, 0, 0) == {"loss": 0.0, "accuracy": 0.0, "perplexity": 1.0}
+
+
+@pytest.mark.parametrize("function", [accuracy, cross_entropy])
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 1), (2, 4, 1)])
+def test_targets_of_another_shape_are_an_error(function, shape):
+    with pytest.raises(ValueError, match="do not fit logits"):
+        function(np.zeros((2, 4, 7), np.float32), np.zeros(shape, np.int32))

@@ -189,7 +189,7 @@ def test_label_smoothing_is_that_of_cross_entropy():
     loss, _, _ = step(make_stub(lambda params, *others: params["logits"], logits), on_one_device(batch), rngs())
     labelled = batch["labels"] >= 0
     total, count = run_mlm_flax.cross_entropy(logits[labelled], batch["labels"][labelled], label_smoothing=0.1)
-    assert float(loss[0]) == pytest.approx(float(total) / count, rel=1e-5)
+    assert float(loss[0]) == pytest.approx(float(total / count), rel=1e-5)
 
 
 def test_evaluation_step_sums(folder, model):
