@@ -1226,6 +1226,7 @@ def setup_logging(training_args):
     if not training_args.should_log:
         datasets.disable_progress_bars()
         transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def log_training(args, num_parameters, num_steps, learning_rate):

@@ -1231,6 +1231,7 @@ def setup_logging(training_args):
     if not training_args.should_log:
         datasets.disable_progress_bars()
         transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
 
 
 def log_training(args, num_parameters, num_steps, learning_rate):
@@ -1531,9 +1532,8 @@ def start_training(run, step, checkpoint):
 def check_losses(run, losses):
     """Return the losses as numbers; raises `UserError` if one is not finite. Waits for their steps."""
     values = [float(loss[0]) for loss in jax.device_get(losses)]
-    for value in values:
-        if not math.isfinite(value):
-            raise UserError(f"the loss is {value} after step {run.step}; lower --learning_rate")
+    if not np.isfinite(values).all():
+        raise UserError(f"the loss is {values[-1]} after step {run.step}; lower --learning_rate")
     return values
 
 

@@ -132,7 +132,8 @@ def test_documented_flags_have_their_types(script):
         else:
             text, value = EXAMPLES[kind]
             parsed = parse(script, [f"--{name}", text])[name]
-            assert (type(parsed), parsed) == (kind, value), name
+            assert parsed == value, name
+            assert type(parsed) is kind or name == "warmup_steps", name  # In Transformers 5 also a share.
 
 
 @pytest.mark.parametrize(("first", "second"), ALIASES.items())

@@ -133,7 +133,7 @@ def test_finished_run_is_not_trained_further(script, model_folder, text_files, t
     for changes in ({"max_steps": 7}, {"resume_from_checkpoint": output / "checkpoint-3"}):
         with pytest.raises(SystemExit, match="2"):
             script.main(training_flags(model_folder, text_files, output, **changes))
-        error = capsys.readouterr().err.splitlines()[-1]
+        (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert "checkpoint-12" in error
     assert weights(output) == before[0]
 
