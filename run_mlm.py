@@ -378,6 +378,9 @@ def load_files(split, names, options):
     formats = {FILE_FORMATS[extension][0] for extension in extensions if extension in FILE_FORMATS}
     if not extensions <= FILE_FORMATS.keys() or len(formats) > 1:
         raise UserError(f"--{split}_file {' '.join(names)}: must be of one format of {', '.join(FILE_FORMATS)}")
+    missing = [name for name in names if "://" not in name and not glob.glob(name)]
+    if missing:  # `datasets` ignores a missing file beside others.
+        raise UserError(f"--{split}_file {missing[0]}: no such file")
     loader, loader_options = FILE_FORMATS[extensions.pop()]
     with user_errors(f"--{split}_file {' '.join(names)}"):
         return datasets.load_dataset(loader, data_files=names, split="train", **loader_options, **options)
@@ -510,8 +513,8 @@ def log_data(split, num_texts, rows, tokenizer):
     unknown = 0
     if tokenizer.unk_token_id is not None:
         unknown = pc.sum(pc.equal(ids, pa.scalar(tokenizer.unk_token_id, ids.type))).as_py() or 0
-    share = unknown / max(1, len(ids))
-    logger.info(f"{split}: {num_texts:,} texts, {len(rows):,} samples, {len(ids):,} tokens ({share:.2%} unknown)")
+    size = f"{num_texts:,} texts, {len(rows):,} samples, {len(ids):,} tokens"
+    logger.info(f"{split}: {size} ({unknown / max(1, len(ids)):.2%} unknown)")
 
 
 def check_samples(tokenized, training_args):
@@ -869,7 +872,7 @@ def load_model(model_args, config, tokenizer):
 def load_tensorflow_model(path, config):
     """Return the model of an original TensorFlow checkpoint (BERT; `from_tf` fails in Transformers 4.57)."""
     source = AutoModelForPreTraining.from_config(config)  # Has a place for the pooler and the second head of the file.
-    source.load_tf_weights(source, config, path)
+    type(source).load_tf_weights(source, config, path)
     model = AutoModelForMaskedLM.from_config(config)
     model.load_state_dict(source.state_dict(), strict=False)
     return model
@@ -1140,10 +1143,7 @@ def write_json(path, content):
 
 
 def list_checkpoints(folder):
-    """Return the (step, path) pairs of the complete checkpoints of this script in a folder, oldest first.
-
-    `trainer_state.json` is the last file of a checkpoint to be written: a folder without it is incomplete.
-    """
+    """Return (step, path) of this script's complete checkpoints, oldest first; `trainer_state.json` is written last."""
     found = []
     for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")):
         try:

@@ -25,7 +25,7 @@ def error_of(script, arguments, capfd):
 def test_a_loss_that_is_not_finite(script, model_folder, text_files, tmp_path, capfd, changes):
     output = tmp_path / "output"
     line = error_of(script, diverging(model_folder, text_files, output, **changes), capfd)
-    assert "the loss is nan after step 1" in line
+    assert "the loss is nan after step 1" in line or "the loss is nan after step 2" in line
     assert "--learning_rate" in line
     saved = [f"checkpoint-{step}" for step in (1,) if changes["save_steps"] == 1]
     assert [path.name for path in output.glob("checkpoint-*")] == saved

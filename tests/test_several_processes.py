@@ -151,7 +151,7 @@ def test_two_processes_train_as_one(material, tmp_path, settings):
         assert_same(tmp_path / "output", tmp_path / output)
     # Process 0 alone logs, and each collates its half of every step, missing samples included.
     assert "Starting a new run" in done[0][1]
-    assert done[1][1].count("\n") == 1
+    assert "INFO" not in done[1][1]
     counts = [int(output.split("collated ")[1]) for _, output, _ in done]
     eval_steps = -(-read_json(tmp_path / "one", "eval_results.json")["eval_samples"] // 16)
     tried = 2 + 3  # The sparse head, on two samples, and the predictions for three.
@@ -214,7 +214,6 @@ def test_a_crash_of_one_process_ends_both(material, tmp_path):
     [
         ({"num_processes": 2}, "--coordinator_address"),
         ({"coordinator_address": "localhost:1", "process_id": 0}, "--coordinator_address localhost:1: "),
-        ({"coordinator_address": "localhost:1", "num_processes": 2, "process_id": 2}, "process_id"),
     ],
 )
 def test_wrong_flags_are_one_line(tmp_path, capsys, settings, message):
