@@ -10,8 +10,8 @@ Fine-tune a BERT-like model, or train one from scratch:
 in both scripts has the same source.
 
 What to change where: the masking rule in `mask_tokens`, how text becomes rows of token ids in `encode_texts`, the loss
-in `MaskedLMTrainer.compute_loss`, the optimizer in `MaskedLMTrainer.create_optimizer` (inherited) or with `--optim`,
-the metrics in `MaskedLMTrainer.prediction_step` and `mean_metrics`, file formats in `FILE_FORMATS`.
+in `MaskedLMTrainer.compute_loss`, the optimizer with `--optim` or in `MaskedLMTrainer.create_optimizer`, the metrics in
+`prediction_step`, `masked_lm_metrics` and `mean_metrics`, file formats in `FILE_FORMATS`.
 
 Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size.
 """

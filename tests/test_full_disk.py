@@ -15,7 +15,7 @@ def small_disk(tmp_path):
     if mounted.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)  # Whoever still has a file open there.
 
 
 def test_full_disk(script, model_folder, text_files, tmp_path, small_disk, capsys):
