@@ -10,8 +10,8 @@ Fine-tune a BERT-like model, or train one from scratch:
 What has the same name in both scripts has the same source.
 
 What to change where: the masking rule in `mask_tokens`, how text becomes rows of token ids in `encode_texts`, the loss
-in `cross_entropy`, the optimizer in `create_optimizer`, the metrics in `compute_metrics`, `evaluate` and `mean_metrics`,
-file formats in `FILE_FORMATS`.
+in `cross_entropy`, the optimizer in `create_optimizer`, the metrics in `compute_metrics`, `evaluate` and
+`mean_metrics`, file formats in `FILE_FORMATS`.
 
 Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size,
 A accumulated batches, D devices.

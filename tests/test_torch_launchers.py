@@ -21,14 +21,15 @@ import os, run_mlm
 
 
 def note(name):
-    function = getattr(*name)
+    owner, attribute = name
+    function = getattr(owner, attribute)
 
     def noted(*args, **kwargs):
-        with open(f"{name[1]}-{os.environ['RANK']}", "a") as file:
+        with open(f"{attribute}-{os.environ['RANK']}", "a") as file:
             file.write("called\\n")
         return function(*args, **kwargs)
 
-    setattr(*name, noted)
+    setattr(owner, attribute, noted)
 
 
 note((run_mlm, "encode_texts"))
