@@ -14,7 +14,18 @@ TEXTS = {path: path.read_text(encoding="utf-8") for path in PAGES}
 FLAGS = TEXTS[ROOT / "configs" / "README.md"]
 README = TEXTS[ROOT / "README.md"] + FLAGS
 # Flags of other programs that README shows.
-FOREIGN_FLAGS = {"nproc_per_node", "num_cores", "config_file", "logdir", "nodes", "ntasks", "help", "write"}
+FOREIGN_FLAGS = {
+    "shape",
+    "previous",
+    "nproc_per_node",
+    "num_cores",
+    "config_file",
+    "logdir",
+    "nodes",
+    "ntasks",
+    "help",
+    "write",
+}
 FOREIGN_FLAGS |= {"xla_force_host_platform_device_count"}
 # The usage examples of the documented scripts, and the files that hold the same settings.
 DOCUMENTED = {
