@@ -16,10 +16,12 @@ in `MaskedLMTrainer.compute_loss`, the optimizer with `--optim` or in `MaskedLMT
 Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size.
 """
 
+import atexit
 import contextlib
 import copy
 import difflib
 import functools
+import gc
 import glob
 import inspect
 import itertools
@@ -302,10 +304,7 @@ def check_args(model_args, data_args, training_args):
         (not (references and data.whole_word_mask), "use either --whole_word_mask or reference files"),
         (not (references and data.streaming), "reference files do not work with --streaming"),
         (training.max_steps > 0 or not (data.streaming and training.do_train), "--streaming needs --max_steps"),
-        (
-            training.max_steps > 0 or training.max_steps == -1,
-            f"--max_steps {training.max_steps} must be above 0, or -1",
-        ),
+        (training.max_steps > 0 or training.max_steps == -1, f"--max_steps {training.max_steps} is not -1 or above"),
         (training.do_train or not training.push_to_hub, "--push_to_hub needs --do_train"),
     ]
     for holds, message in requirements:
@@ -510,9 +509,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
 def log_data(split, num_texts, rows, tokenizer):
     """Log the size of a tokenized split and its share of unknown tokens."""
     ids = pc.list_flatten(rows.data.column("input_ids"))
-    unknown = 0
-    if tokenizer.unk_token_id is not None:
-        unknown = pc.sum(pc.equal(ids, pa.scalar(tokenizer.unk_token_id, ids.type))).as_py() or 0
+    unknown = pc.sum(pc.equal(ids, pa.scalar(tokenizer.unk_token_id, ids.type))).as_py() or 0  # None: there is no such.
     size = f"{num_texts:,} texts, {len(rows):,} samples, {len(ids):,} tokens"
     logger.info(f"{split}: {size} ({unknown / max(1, len(ids)):.2%} unknown)")
 
@@ -670,9 +667,7 @@ def epoch_permutation(seed, epoch, num_samples):
     JAX sorts by random keys, and again until ties no longer matter; here its generator runs in NumPy.
     """
     pair = np.zeros(2, np.uint32), np.arange(2, dtype=np.uint32)
-    key = np.concatenate(
-        threefry((np.uint32(0), np.uint32(seed)), np.zeros(1, np.uint32), np.full(1, epoch, np.uint32))
-    )
+    key = np.concatenate(threefry(np.uint32([0, seed]), np.uint32([0]), np.uint32([epoch])))
     order = np.arange(num_samples)
     for _ in range(math.ceil(3 * math.log(max(1, num_samples)) / math.log(2**32 - 1))):
         key, subkey = np.stack(threefry(key, *pair), axis=1)
@@ -1356,12 +1351,20 @@ def publish(trainer, model_args, data_args):
         trainer.push_to_hub(**card)
 
 
+def leave_process_group():
+    """End the process group: while Python ends, its threads would abort the process."""
+    gc.collect()  # What was wrapped for the group would keep it alive.
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 # ---- 7. Main --------------------------------------------------------------------------------------------------------
 @exit_on_user_error
 def main(argv=None):
     """Run what the arguments ask for and return all metrics."""
     model_args, data_args, training_args = parse_args(argv)
     setup_logging(training_args)
+    atexit.register(leave_process_group)
     with output_lock(training_args), logging_redirect_tqdm():
         step, checkpoint = find_checkpoint(training_args)
         tokenizer = load_tokenizer(model_args)
@@ -1385,8 +1388,6 @@ def main(argv=None):
             metrics |= evaluate(trainer)
         if training_args.do_train:
             publish(trainer, model_args, data_args)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
         return metrics
 
 

@@ -334,10 +334,7 @@ def check_args(model_args, data_args, training_args):
         (not (references and data.whole_word_mask), "use either --whole_word_mask or reference files"),
         (not (references and data.streaming), "reference files do not work with --streaming"),
         (training.max_steps > 0 or not (data.streaming and training.do_train), "--streaming needs --max_steps"),
-        (
-            training.max_steps > 0 or training.max_steps == -1,
-            f"--max_steps {training.max_steps} must be above 0, or -1",
-        ),
+        (training.max_steps > 0 or training.max_steps == -1, f"--max_steps {training.max_steps} is not -1 or above"),
         (training.do_train or not training.push_to_hub, "--push_to_hub needs --do_train"),
     ]
     for holds, message in requirements:
@@ -542,9 +539,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
 def log_data(split, num_texts, rows, tokenizer):
     """Log the size of a tokenized split and its share of unknown tokens."""
     ids = pc.list_flatten(rows.data.column("input_ids"))
-    unknown = 0
-    if tokenizer.unk_token_id is not None:
-        unknown = pc.sum(pc.equal(ids, pa.scalar(tokenizer.unk_token_id, ids.type))).as_py() or 0
+    unknown = pc.sum(pc.equal(ids, pa.scalar(tokenizer.unk_token_id, ids.type))).as_py() or 0  # None: there is no such.
     size = f"{num_texts:,} texts, {len(rows):,} samples, {len(ids):,} tokens"
     logger.info(f"{split}: {size} ({unknown / max(1, len(ids)):.2%} unknown)")
 
