@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import types
 from pathlib import Path
 from unittest import mock
 
@@ -18,26 +17,34 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # Two test processes share two co
 # Workers and subprocesses inherit these from the first process: a step of one shape is compiled once for all tests.
 os.environ.setdefault("MLM_TEST_CACHE", os.path.join(tempfile.gettempdir(), f"mlm-tests-{os.getpid()}"))
 os.environ.update(
-    {
-        name: os.path.join(os.environ["MLM_TEST_CACHE"], name.lower())
-        for name in ("HF_HOME", "HF_DATASETS_CACHE", "JAX_COMPILATION_CACHE_DIR")
-    }
+    {name: os.path.join(os.environ["MLM_TEST_CACHE"], name.lower()) for name in ("HF_HOME", "HF_DATASETS_CACHE")}
 )
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parent / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import datasets
 import pytest
 import tokenizers
-import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
-# Set by the second leg of `.ci/run`: Transformers 5, where there are no Flax models.
-WITHOUT_FLAX = os.environ.get("MLM_TEST_WITHOUT_FLAX") == "1"
-slow_tokenizers = pytest.mark.skipif(WITHOUT_FLAX, reason="Transformers 5 has no slow tokenizer for BERT")
+# Set by legs of `.ci/run`: "flax" for Transformers 5, which has no Flax models; "pytorch" for the newest JAX alone.
+WITHOUT = os.environ.get("MLM_TEST_WITHOUT", "")
+WITHOUT_FLAX = WITHOUT == "flax"
+if WITHOUT != "pytorch":
+    import torch
+# The last two are about both scripts together.
+NEED_FLAX = ["test_flax_step.py", "test_flax_loop.py", "test_jax_processes.py", "test_examples.py", "test_readme.py"]
+collect_ignore = NEED_FLAX if WITHOUT_FLAX else []
 ROOT = Path(__file__).resolve().parent.parent
+SKIPS = ["Transformers 5 has no slow tokenizer for BERT"]
+slow_tokenizers = pytest.mark.skipif(WITHOUT_FLAX, reason=SKIPS[0])
 SCRIPTS = ("run_mlm", "run_mlm_flax")
-INSTALLED = SCRIPTS[:1] if WITHOUT_FLAX else SCRIPTS
-flax_only = pytest.mark.skipif(WITHOUT_FLAX, reason="needs Flax")
+BOTH = (
+    pytest.param("run_mlm", marks=pytest.mark.pytorch),
+    pytest.param("run_mlm_flax", marks=pytest.mark.flax),
+)
+INSTALLED = {"flax": SCRIPTS[:1], "pytorch": SCRIPTS[1:]}.get(WITHOUT, SCRIPTS)
 ARCHITECTURES = ("bert", "roberta", "albert", "distilbert", "electra")
 SIZES = {
     "vocab_size": None,
@@ -59,43 +66,36 @@ WORDS = (
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-class Absent(types.ModuleType):
-    """Stands for a module that Transformers 5 is tested without: what a test does with it skips the test."""
-
-    def __init__(self, *anything):
-        super().__init__("absent")
-
-    def __getattr__(self, name):
-        return self("attribute") if not name.startswith("__") else super().__getattribute__(name)
-
-    def __call__(self, *args, **kwargs):
-        if "PYTEST_CURRENT_TEST" in os.environ:
-            pytest.skip("needs Flax")
-        return Absent()
-
-    def __iter__(self):
-        return iter(())
-
-
-def pytest_configure():
-    """Where there is no Flax, let the test files be imported nevertheless."""
-    if WITHOUT_FLAX:
-        names = "run_mlm_flax jax jax.numpy flax flax.linen transformers.modeling_flax_pytorch_utils"
-        sys.modules.update({name: Absent() for name in names.split()})
+def optional_module(name):
+    """Return a module, or None where its framework is left out, and with it the tests that use the module."""
+    framework = "pytorch" if name in ("run_mlm", "torch") else "flax"
+    return None if framework == WITHOUT else importlib.import_module(name)
 
 
 def pytest_report_header():
     """Name the versions, and what is left out."""
-    versions = f"transformers {transformers.__version__}, datasets {datasets.__version__}, torch {torch.__version__}"
-    return versions + WITHOUT_FLAX * ": the tests of run_mlm_flax.py are left out"
+    versions = f"transformers {transformers.__version__}, datasets {datasets.__version__}"
+    return f"{versions}; left out: {WITHOUT or 'nothing'}"
 
 
+@pytest.hookimpl(tryfirst=True)  # Before `-m` selects.
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is for the Flax script, where there is none."""
-    if WITHOUT_FLAX:
-        left_out = [item for item in items if "run_mlm_flax" in item.name]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """Leave out what needs a framework that is not there; by default, run what both scripts share through one."""
+    left_out = [item for item in items if WITHOUT and item.get_closest_marker(WITHOUT)]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+    for item in items:
+        if INSTALLED == SCRIPTS and item.get_closest_marker("shared") and item.get_closest_marker("flax"):
+            item.add_marker("long")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    """Make a skip a failure, unless its reason is one of `SKIPS`."""
+    report = yield
+    if report.skipped and not any(reason in str(report.longrepr) for reason in SKIPS):
+        report.outcome, report.longrepr = "failed", f"skipped for a reason that is not listed: {report.longrepr}"
+    return report
 
 
 def pytest_unconfigure():
@@ -117,7 +117,7 @@ def private_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
 
 
-@pytest.fixture(params=SCRIPTS)
+@pytest.fixture(params=BOTH)
 def script(request):
     """Each of the two scripts, imported."""
     return importlib.import_module(request.param)
@@ -184,12 +184,25 @@ def make_config(model_type, tokenizer, **changes):
 
 def make_model(folder, model_type="bert", seed=0, **changes):
     """Write a tiny model folder with weights and tokenizer, and return the folder as a string."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tokenizer = make_byte_level_tokenizer(folder) if model_type == "roberta" else make_tokenizer(folder)
-    torch.manual_seed(seed)
-    model = transformers.AutoModelForMaskedLM.from_config(make_config(model_type, tokenizer, **changes))
-    model.save_pretrained(folder)
+    made = Path(os.environ["MLM_TEST_CACHE"], "models", str(os.getpid()), f"{model_type}-{seed}-{changes}")
+    if not made.exists():  # Each kind is made once and copied from then on.
+        made.mkdir(parents=True)
+        tokenizer = make_byte_level_tokenizer(made) if model_type == "roberta" else make_tokenizer(made)
+        save_model(made, make_config(model_type, tokenizer, **changes), seed)
+    shutil.copytree(made, folder, dirs_exist_ok=True)
     return str(folder)
+
+
+def save_model(folder, config, seed):
+    """Write a model with random weights, by PyTorch where it is installed."""
+    if WITHOUT != "pytorch":
+        torch.manual_seed(seed)
+        transformers.AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+        return
+    config.save_pretrained(folder)
+    params = transformers.FlaxAutoModelForMaskedLM.from_config(config, seed=seed).params
+    weights = importlib.import_module("run_mlm_flax").pytorch_weights(params)
+    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.fixture
@@ -211,10 +224,45 @@ def read_json(*path):
     return json.loads(Path(*path).read_text(encoding="utf-8"))
 
 
+def history(output):
+    """Return the log history of a run, without times and the mean loss, which comes from rounded reports."""
+    varying = ("runtime", "per_second", "total_flos", "train_loss")
+    entries = read_json(output, "trainer_state.json")["log_history"]
+    return [{name: entry[name] for name in entry if not name.endswith(varying)} for entry in entries]
+
+
+def weights(folder):
+    """Return the weights of a model folder as bytes."""
+    return {name: array.tobytes() for name, array in load_file(Path(folder) / "model.safetensors").items()}
+
+
+def error_line(script, arguments, capfd):
+    """Run `main`, check that it ends with status 2, and return its one error line."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as exit_:
+        script.main(arguments)
+    assert exit_.value.code == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+class NotTrainedError(Exception):
+    """Raised in place of the training, with what was about to be trained."""
+
+
+def set_up(script, arguments):
+    """Return what `main` would train with the arguments: the `Trainer` of run_mlm.py, the `Run` of run_mlm_flax.py."""
+
+    def stop(run, *others):
+        raise NotTrainedError(run)
+
+    with mock.patch.object(script, "train", stop), pytest.raises(NotTrainedError) as caught:
+        script.main([*arguments, "--do_train"])
+    return caught.value.args[0]
+
+
 def run_script(name, arguments, cwd=None, **environment):
     """Run a script as a program and return the completed process, output as text."""
-    if WITHOUT_FLAX and name == "run_mlm_flax":
-        pytest.skip("needs Flax")
     return subprocess.run(
         [sys.executable, str(ROOT / f"{name}.py"), *arguments],
         cwd=cwd,

@@ -1,19 +1,17 @@
 """Every masked-LM architecture is trained, evaluated, saved and loaded again; its sparse head is equal to the dense."""
 
-import os
 import re
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, SIZES, flags, make_tokenizer, read_json, sentences, write_lines
-from setups import set_up
+from conftest import ROOT, SIZES, flags, make_tokenizer, optional_module, read_json, sentences, set_up, write_lines
 
 import run_mlm
-import run_mlm_flax
+
+jax, jnp = optional_module("jax"), optional_module("jax.numpy")
+run_mlm_flax = optional_module("run_mlm_flax")
 
 LENGTH = 16
 SMALL = {
@@ -67,8 +65,8 @@ ONLY = {  # Of one major version of Transformers.
     4: {"mega", "nezha", "qdqbert", "wav2vec2"},
     5: set("esmc eurobert gte jina_embeddings_v3 modernvbert neomme nomic_bert ultrabert ultravbert".split()),
 }
-ALL = os.environ.get("MLM_ALL_ARCHITECTURES") == "1"  # As `.ci/run` sets it.
-FLAX_EXAMPLES = ["bart", "big_bird", "roformer"]  # Each compiles for many seconds; other tests train five more.
+# The default run tries one of each kind that other tests do not train, and what is unlike all others.
+EXAMPLES = {"run_mlm": {"bart", "deberta", "longformer", "perceiver", "reformer"}, "run_mlm_flax": {"bart", "big_bird"}}
 MAPPINGS = {"run_mlm": "MODEL_FOR_MASKED_LM_MAPPING", "run_mlm_flax": "FLAX_MODEL_FOR_MASKED_LM_MAPPING"}
 MAJOR = int(transformers.__version__.split(".")[0])
 ELSEWHERE = set().union(*(names for major, names in ONLY.items() if major != MAJOR))
@@ -80,9 +78,10 @@ ERRORS = {
 OWN_LOSS_FAILS = {"bart", "mbart", "mvp", "perceiver"}  # With labels: other decoder inputs, or logits of all positions.
 
 
-def working(table):
-    """Return the architectures of a table that this version of Transformers has and that work."""
-    return sorted(set().union(*(names for kind, names in table.items() if kind != "no")) - ELSEWHERE)
+def working(script, table):
+    """Return the architectures of a table that this version of Transformers has and that work, most of them `long`."""
+    names = sorted(set().union(*(names for kind, names in table.items() if kind != "no")) - ELSEWHERE)
+    return [pytest.param(name, marks=[] if name in EXAMPLES[script] else pytest.mark.long) for name in names]
 
 
 def small_settings(config, changes):
@@ -133,7 +132,11 @@ def trained(script, arguments, folder):
     return metrics["eval_loss"]
 
 
-@pytest.mark.parametrize(("script", "table"), [("run_mlm", PYTORCH), ("run_mlm_flax", FLAX)], ids=MAPPINGS)
+@pytest.mark.parametrize(
+    ("script", "table"),
+    [("run_mlm", PYTORCH), pytest.param("run_mlm_flax", FLAX, marks=pytest.mark.flax)],
+    ids=MAPPINGS,
+)
 def test_every_architecture_is_listed(script, table):
     known = {config.model_type for config in getattr(transformers, MAPPINGS[script])}
     changed = known ^ (set().union(*table.values()) - ELSEWHERE)
@@ -143,7 +146,7 @@ def test_every_architecture_is_listed(script, table):
 @pytest.mark.filterwarnings(
     "ignore:.torch.jit:DeprecationWarning", "ignore:Using a non-tuple:UserWarning"
 )  # Of models.
-@pytest.mark.parametrize("model_type", working(PYTORCH))
+@pytest.mark.parametrize("model_type", working("run_mlm", PYTORCH))
 def test_run_mlm_trains(job, model_type, tmp_path):
     eval_loss = trained(run_mlm, job(model_type), tmp_path)
     trainer = reload(run_mlm, tmp_path)
@@ -169,7 +172,8 @@ def test_run_mlm_trains(job, model_type, tmp_path):
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("model_type", working(FLAX) if ALL else FLAX_EXAMPLES)
+@pytest.mark.flax
+@pytest.mark.parametrize("model_type", working("run_mlm_flax", FLAX))
 def test_run_mlm_flax_trains(job, model_type, tmp_path):
     eval_loss = trained(run_mlm_flax, job(model_type), tmp_path)
     run = reload(run_mlm_flax, tmp_path)

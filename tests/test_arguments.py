@@ -1,4 +1,4 @@
-"""Flags, JSON files of flags, and the errors for those that are wrong."""
+"""Flags, JSON files of flags, the errors for those that are wrong, and flags that Transformers 5 has dropped."""
 
 import dataclasses
 import importlib
@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, flags, read_json, run_script
+from conftest import BOTH, SCRIPTS, flags, make_model, read_json, run_script, sentences, write_lines
+
+import run_mlm
 
 NOTHING_GIVEN = []
 # Documented flags of both scripts: type, default. `output_dir` has none: it is required.
-BOTH = {
+SHARED = {
     "model_name_or_path": (str, None),
     "model_type": (str, None),
     "config_name": (str, None),
@@ -116,13 +118,13 @@ def write_config(tmp_path):
 
 
 def test_documented_flags_have_their_defaults(script):
-    documented = {**BOTH, **ONE[script.__name__]}
+    documented = {**SHARED, **ONE[script.__name__]}
     settings = parse(script, NOTHING_GIVEN)
     assert {name: settings[name] for name in documented} == {name: default for name, (_, default) in documented.items()}
 
 
 def test_documented_flags_have_their_types(script):
-    for name, (kind, default) in {**BOTH, **ONE[script.__name__]}.items():
+    for name, (kind, default) in {**SHARED, **ONE[script.__name__]}.items():
         if kind is bool:
             given = {value: parse(script, [f"--{name}", value])[name] for value in ("true", "false")}
             assert given == {"true": True, "false": False}, name
@@ -182,6 +184,7 @@ def test_lists_and_nested_objects_in_a_file_reach_the_trainer(required, write_co
     assert parse_checked(run_mlm, [path, "--label_names", "labels"])["label_names"] == ["labels"]
 
 
+@pytest.mark.flax
 def test_one_file_serves_both_scripts(required, write_config):
     content = {
         **required,
@@ -230,11 +233,11 @@ def test_debugging_shows_the_traceback(script, monkeypatch):
         script.main([])
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", BOTH)
 def test_help_lists_every_documented_flag(name, tmp_path):
     done = run_script(name, ["--help"], cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    for flag in (*BOTH, *ONE[name], *ALIASES, *ALIASES.values()):
+    for flag in (*SHARED, *ONE[name], *ALIASES, *ALIASES.values()):
         assert f"--{flag} " in done.stdout, flag
 
 
@@ -247,3 +250,69 @@ def test_the_flags_are_those_of_the_table(script):
         for name, kind in vars(group)["__annotations__"].items()  # Not those of the Trainer.
     }
     assert found == read_json(Path(__file__).parent / "flags.json")[script.__name__]
+
+
+STEPS = 8
+TRANSFORMERS_4 = run_mlm.transformers.__version__.startswith("4.")
+
+
+@pytest.fixture
+def run(tmp_path, capfd):
+    """Return a function that trains a few steps in the folder `output` and returns (learning rates, error output)."""
+    folder = make_model(tmp_path / "model", num_hidden_layers=1)
+    settings = {"model_name_or_path": folder, "train_file": write_lines(tmp_path / "train.txt", sentences(40))}
+    settings |= {"output_dir": tmp_path / "output", "do_train": True, "max_steps": STEPS, "max_seq_length": 16}
+    settings |= {"logging_steps": 1, "lr_scheduler_type": "constant_with_warmup", "learning_rate": 1.0}
+
+    def train(**changes):
+        try:
+            run_mlm.main(train.arguments(**changes))
+        except SystemExit as stopped:
+            assert stopped.code == 2
+            return [], capfd.readouterr().err
+        history = read_json(tmp_path, "output", "trainer_state.json")["log_history"]
+        return [entry["learning_rate"] for entry in history if "learning_rate" in entry], ""
+
+    train.arguments = lambda **changes: flags(**settings | changes)
+    return train
+
+
+@pytest.mark.parametrize(
+    ("settings", "warmup"),
+    [({"warmup_ratio": 0.5}, 4), ({"warmup_ratio": 0.5, "warmup_steps": 2}, 2), ({"warmup_steps": 4}, 4)],
+    ids=str,
+)
+def test_warmup(run, settings, warmup):
+    rates, error = run(report_to="none", **settings)
+    if "warmup_ratio" in settings and not TRANSFORMERS_4:
+        assert "unknown argument --warmup_ratio" in error
+    else:
+        assert rates == pytest.approx([step / warmup if step < warmup else 1 for step in range(STEPS)])
+
+
+def test_events_go_where_they_are_told(run, tmp_path):
+    _, error = run(logging_dir=tmp_path / "events", learning_rate=1e-3, report_to="tensorboard")
+    if TRANSFORMERS_4:
+        assert [path.parent for path in tmp_path.rglob("events.out.*")] == [tmp_path / "events"]
+    else:
+        assert "unknown argument --logging_dir" in error
+
+
+@pytest.mark.parametrize("task", ["do_train", "do_eval"])
+def test_events_are_below_the_output_otherwise(run, tmp_path, monkeypatch, task):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    settings = {"do_train": "false", "validation_file": tmp_path / "train.txt"} if task == "do_eval" else {}
+    settings |= {task: True, "learning_rate": 1e-3, "report_to": "tensorboard"}
+    run_mlm.main(run.arguments(**settings))
+    assert list((tmp_path / "work").iterdir()) == []
+    (events,) = (tmp_path / "output" / "runs").rglob("events.out.*")
+    assert events.stat().st_size > 100
+
+
+def test_overwriting_the_output(run, tmp_path):
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output" / "notes.txt").write_text("mine")
+    assert "--overwrite_output_dir" in run(report_to="none")[1]
+    rates, _ = run(report_to="none", overwrite_output_dir=True)
+    assert len(rates) == STEPS

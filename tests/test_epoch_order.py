@@ -2,18 +2,19 @@
 
 import itertools
 
-import jax
 import numpy as np
 import pytest
-from conftest import flags, sentences, write_lines
+from conftest import flags, optional_module, sentences, set_up, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from setups import set_up
 
 import run_mlm
-import run_mlm_flax
+
+jax = optional_module("jax")
+run_mlm_flax = optional_module("run_mlm_flax")
 
 
+@pytest.mark.flax
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1), st.sampled_from([1, 2, 3, 30, 301]))
 def test_the_order_is_jaxs_permutation_in_both_scripts(seed, epoch, count):
@@ -25,11 +26,13 @@ def test_the_order_is_jaxs_permutation_in_both_scripts(seed, epoch, count):
     assert sorted(expected.tolist()) == list(range(count))
 
 
+@pytest.mark.flax
 @pytest.mark.parametrize("count", [1625, 1626, 1627, 5000])  # From 1,626 samples on, JAX sorts twice.
 def test_the_order_of_many_samples_is_jaxs_too(count):
     np.testing.assert_array_equal(run_mlm.epoch_permutation(42, 3, count), run_mlm_flax.epoch_permutation(42, 3, count))
 
 
+@pytest.mark.flax
 def test_the_order_does_not_depend_on_jaxs_configuration():
     expected = run_mlm.epoch_permutation(42, 3, 300)
     for options in ({"jax_default_prng_impl": "rbg"}, {"jax_threefry_partitionable": False}):
@@ -46,6 +49,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(script):
     assert len(orders) == 9
 
 
+@pytest.mark.flax
 def test_batch_splits_drop_the_remainder():
     split = run_mlm_flax.generate_batch_splits
     order = np.array([4, 2, 0, 1, 3, 6, 5])
@@ -67,14 +71,13 @@ def test_grouping_by_length_keeps_the_permutation_and_saves_padding(seed, count,
     def padded_tokens(order):
         return sum(batch_size * lengths[order[i : i + batch_size]].max() for i in range(0, count, batch_size))
 
-    for script in (run_mlm, run_mlm_flax):
-        grouped = script.group_by_length(order, lengths, batch_size)
-        assert sorted(grouped.tolist()) == list(range(count))
-        assert padded_tokens(grouped) <= padded_tokens(order)
+    grouped = run_mlm.group_by_length(order, lengths, batch_size)
+    assert sorted(grouped.tolist()) == list(range(count))
+    assert padded_tokens(grouped) <= padded_tokens(order)
     if count > 100 and batch_size > 3:
         assert padded_tokens(grouped) < 0.8 * padded_tokens(order)
         # Windows stay where they were: the order is still random beyond them.
-        window = script.LENGTH_WINDOW * batch_size
+        window = run_mlm.LENGTH_WINDOW * batch_size
         assert set(grouped[:window].tolist()) == set(order[:window].tolist())
 
 
@@ -99,6 +102,7 @@ def flax_batches(run, count):
     return rows
 
 
+@pytest.mark.flax
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("more", [["--line_by_line", "false"], ["--line_by_line", "true", "--group_by_length"]])
 def test_both_scripts_train_on_the_same_batches(model_folder, tmp_path, accumulation, more):

@@ -1,4 +1,4 @@
-"""The Flax loop: few compilations, none repeated; one copy of the weights; a host that works ahead; no full logits."""
+"""The Flax loop: few compilations, none repeated; no full logits; dropout in both scripts."""
 
 import functools
 import logging
@@ -10,10 +10,11 @@ import sys
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, flags, make_model, read_json, sentences, write_lines
-from setups import set_up
+from conftest import ROOT, flags, make_model, read_json, sentences, set_up, write_lines
+from flax import linen as nn
 
 import run_mlm_flax
 
@@ -163,3 +164,69 @@ def test_a_second_process_compiles_nothing(arguments, tmp_path):
     assert second["cache_misses"] == 0 and second["cache_hits"] >= first["cache_misses"]
     assert {path.name for path in (tmp_path / "home" / "jax").iterdir()} == kept
     assert not first["torch"]
+
+
+def assert_share(kept, probability):
+    """Check the share of True within five standard errors."""
+    error = math.sqrt(probability * (1 - probability) / kept.size)
+    assert kept.mean() == pytest.approx(probability, abs=5 * error)
+
+
+class Dropped(nn.Module):
+    """`fast_dropout` in place of an `nn.Dropout`."""
+
+    rate: float
+    broadcast_dims: tuple = ()
+
+    @nn.compact
+    def __call__(self, inputs):
+        return run_mlm_flax.fast_dropout(nn.Dropout(self.rate, self.broadcast_dims), inputs)
+
+
+def drop(inputs, rate, key=0, broadcast_dims=()):
+    return Dropped(rate, broadcast_dims).apply({}, inputs, rngs={"dropout": jax.random.key(key)})
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.1, 0.001])
+def test_flax_keeps_a_share_and_scales_it(rate):
+    inputs = np.random.default_rng(0).uniform(1, 2, (601, 401)).astype(np.float32)
+    output = np.asarray(drop(inputs, rate))
+    kept = output != 0
+    assert_share(kept, 1 - rate)
+    assert_share(kept.ravel()[1:] & kept.ravel()[:-1], (1 - rate) ** 2)
+    np.testing.assert_allclose(output, np.where(kept, inputs / (1 - rate), 0), rtol=1e-6)
+    gradient = jax.grad(lambda inputs: drop(inputs, rate).sum())(inputs)
+    np.testing.assert_allclose(gradient, kept / (1 - rate), rtol=1e-6)
+    assert drop(jnp.ones((3, 5), jnp.bfloat16), rate).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(1e-9, 1), (1e-6, 1), (1 - 1e-6, 0)])
+def test_extreme_flax_rates_do_not_wrap_around(rate, expected):
+    kept = np.asarray(drop(jnp.ones(2**16), rate)) != 0
+    assert kept.mean() == pytest.approx(expected, abs=2e-4)
+
+
+def test_flax_masks_are_those_of_their_keys_and_broadcast():
+    inputs = jnp.ones((6, 50, 70))
+    one, again, other = (np.asarray(drop(inputs, 0.5, key)) for key in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert (one != other).mean() == pytest.approx(0.5, abs=0.02)
+    shared = np.asarray(drop(inputs, 0.5, broadcast_dims=(0, 2)))
+    np.testing.assert_array_equal(shared, np.broadcast_to(shared[:1, :, :1], shared.shape))
+    assert set(np.unique(shared)) == {0, 2}
+
+
+@pytest.mark.parametrize("sparse_start", ["encoder", "layer"])
+def test_the_flax_model_drops_with_a_key_and_not_without(sparse_start, arguments):
+    run = set_up(run_mlm_flax, [*arguments, "--max_steps", "1"])
+    generator = np.random.default_rng(0)
+    batch = {"input_ids": generator.integers(5, 50, (ROWS, LENGTH)), "attention_mask": np.ones((ROWS, LENGTH), int)}
+    batch |= {"positions": np.arange(0, 40, 5), "labels": np.zeros(8, int)}
+    logits = functools.partial(run_mlm_flax.masked_logits, model=run.model, sparse_start=sparse_start)
+    logits = jax.jit(logits)
+    one, again, other = (logits(run.model.params, batch, jax.random.key(key)) for key in (0, 0, 1))
+    np.testing.assert_array_equal(one, again)
+    assert float(jnp.abs(one - other).max()) > 1e-3
+    full = jax.jit(lambda batch: run.model(batch["input_ids"], batch["attention_mask"])[0])(batch)
+    full = full.reshape(ROWS * LENGTH, -1)[batch["positions"]]
+    np.testing.assert_allclose(logits(run.model.params, batch), full, rtol=1e-4, atol=1e-5)

@@ -1,7 +1,4 @@
-"""Random JSON files of settings and random data files: an error in one line or a run, nothing else, in finite time.
-
-A few cases of each kind; many more with MLM_FUZZ_CASES=600 in the environment.
-"""
+"""Random JSON files of settings and random data files: an error in one line or a run, nothing else, in finite time."""
 
 import contextlib
 import io
@@ -18,11 +15,8 @@ from hypothesis import strategies as st
 
 import run_mlm
 
-CASES = int(os.environ.get("MLM_FUZZ_CASES", "12"))
 SLOW = 60  # Seconds of computing that no case may take: a hang.
-FUZZ = settings(
-    max_examples=CASES, derandomize=CASES < 100, database=None, deadline=None, suppress_health_check=list(HealthCheck)
-)
+FUZZ = {"database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
 PARSER = run_mlm.ArgumentParser(
     (run_mlm.ModelArguments, run_mlm.DataTrainingArguments, run_mlm.TrainingArguments), add_help=False
 )
@@ -106,11 +100,17 @@ pytestmark = [
 ]
 
 
-def test_random_settings(script, place, monkeypatch):
+@pytest.fixture(params=[12, pytest.param(200, marks=pytest.mark.long)])
+def fuzz(request):
+    """A few cases, which are always the same, or many new ones."""
+    return settings(max_examples=request.param, derandomize=request.param < 100, **FUZZ)
+
+
+def test_random_settings(script, place, monkeypatch, fuzz):
     monkeypatch.chdir(place)
     path = place / "inputs" / "arguments.json"
 
-    @FUZZ
+    @fuzz
     @given(CONFIGS)
     def check(content):
         path.write_bytes(content)
@@ -120,10 +120,10 @@ def test_random_settings(script, place, monkeypatch):
     check()
 
 
-def test_random_data(script, place, monkeypatch):
+def test_random_data(script, place, monkeypatch, fuzz):
     monkeypatch.chdir(place)
 
-    @FUZZ
+    @fuzz
     @given(DATA, st.sampled_from(["csv", "json", "jsonl", "txt"]), st.booleans())
     def check(content, extension, line_by_line):
         path = place / "inputs" / f"data.{extension}"

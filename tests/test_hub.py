@@ -8,10 +8,9 @@ import threading
 from base64 import b64decode
 
 import pytest
-from conftest import SCRIPTS, flags, run_script
-from test_safety import error_line
+from conftest import BOTH, error_line, flags, optional_module, run_script
 
-import run_mlm
+run_mlm = optional_module("run_mlm")
 
 TOKEN = "hf_uploadsecret"
 
@@ -144,7 +143,7 @@ def written_files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", BOTH)
 def test_the_hub_gets_what_the_run_wrote(hub, push, name, tmp_path):
     folder, named = tmp_path / "my-model", {"hub_model_id": "group/named", "hub_private_repo": "true", "do_eval": True}
     hub.refused = "/commit/"
@@ -173,7 +172,7 @@ def test_the_hub_gets_what_the_run_wrote(hub, push, name, tmp_path):
     assert not any(TOKEN.encode() in content for content in everything)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", BOTH)
 def test_a_refused_repository_is_found_before_training(hub, push, name, tmp_path):
     hub.refused = "/repos/create"
     check_error(push(name), ["--push_to_hub: the repository ", "my-model"])
@@ -201,6 +200,7 @@ def test_an_upload_needs_a_training(script, tmp_path, capfd):
     assert "--do_train" in line
 
 
+@pytest.mark.pytorch
 def test_an_unknown_strategy_is_one_line(tmp_path, capfd):
     line = error_line(run_mlm, push_flags(tmp_path, hub_token=TOKEN, hub_strategy="never"), capfd)
     assert "never" in line and "every_save" in line

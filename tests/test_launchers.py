@@ -1,13 +1,233 @@
-"""The scripts as modules, as programs, without PyTorch, and copied alone to another place."""
+"""The scripts under their launchers, as modules and programs, and copied alone to another place."""
 
-import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, flags, make_model, read_json, sentences, write_lines
+import safetensors.torch
+from conftest import BOTH, ROOT, SCRIPTS, flags, make_model, read_json, sentences, write_lines
+
+import run_mlm
+
+STEPS = 6
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+ACCELERATE += [str(ROOT / "configs" / "accelerate_2_processes.yaml")]
+# Notes which process tokenizes and which writes.
+NOTING = """
+import os, run_mlm
+
+
+def note(name):
+    owner, attribute = name
+    function = getattr(owner, attribute)
+
+    def noted(*args, **kwargs):
+        with open(f"{attribute}-{os.environ['RANK']}", "a") as file:
+            file.write("called\\n")
+        return function(*args, **kwargs)
+
+    setattr(owner, attribute, noted)
+
+
+note((run_mlm, "encode_texts"))
+note((run_mlm.transformers.TrainerState, "save_to_json"))
+run_mlm.main()
+"""
+# Breaks one process, in a place that the other one does not pass.
+BREAKING = """
+import os, run_mlm
+
+place, rank, method = {"training": (run_mlm.MaskedLMTrainer, "1", "compute_loss"),
+                       "tokenizing": (run_mlm, "0", "encode_texts")}[os.environ["BREAK"]]
+
+
+def broken(*args, **kwargs):
+    raise RuntimeError(f"broken while {os.environ['BREAK']}")
+
+
+if os.environ["RANK"] == rank:
+    setattr(place, method, broken)
+run_mlm.main()
+"""
+# Sends one rank a signal at the start of a step, or after the last one.
+SIGNALLED = """
+import os, signal, run_mlm
+
+place, step = os.environ["SIGNAL"].split()
+method = {"step": "training_step", "end": "save_model"}[place]
+function, calls = getattr(run_mlm.MaskedLMTrainer, method), []
+
+
+def signalled(*args, **kwargs):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == int(step):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return function(*args, **kwargs)
+
+
+setattr(run_mlm.MaskedLMTrainer, method, signalled)
+try:
+    run_mlm.main()
+except SystemExit as stop:
+    with open(f"status-{os.environ['RANK']}", "w") as file:
+        file.write(str(stop.code))
+    raise
+"""
+# What `xla_spawn` does with its arguments, and a `torch_xla` whose devices are processes on the CPU.
+XLA_SPAWN = """
+import argparse, importlib, sys
+from pathlib import Path
+
+import torch_xla.distributed.xla_multiprocessing as xmp
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num_cores", type=int)
+    parser.add_argument("training_script")
+    parser.add_argument("training_script_args", nargs=argparse.REMAINDER)
+    args = parser.parse_args()
+    script = Path(args.training_script)
+    sys.path.append(str(script.parent.resolve()))
+    module = importlib.import_module(script.stem)
+    sys.argv = [args.training_script, *args.training_script_args, "--tpu_num_cores", str(args.num_cores)]
+    xmp.spawn(module._mp_fn, args=(), nprocs=args.num_cores)
+
+
+if __name__ == "__main__":
+    main()
+"""
+XLA_MULTIPROCESSING = "from torch.multiprocessing import spawn\n"
+
+
+@pytest.fixture
+def work(tmp_path):
+    """A folder with a tiny model and text."""
+    make_model(tmp_path / "model", num_hidden_layers=2)
+    write_lines(tmp_path / "train.txt", sentences(80))
+    write_lines(tmp_path / "validation.txt", sentences(13, seed=1))
+    return tmp_path
+
+
+def arguments(output, batch, **changes):
+    """Return the command line of a run of 8 samples a step without dropout."""
+    settings = {"model_name_or_path": "model", "train_file": "train.txt", "validation_file": "validation.txt"}
+    settings |= {"output_dir": output, "cache_dir": "cache", "do_train": True, "do_eval": True, "max_seq_length": 16}
+    settings |= {"line_by_line": "true", "train_batch_size": batch, "max_steps": STEPS, "dropout_rate": 0}
+    settings |= {"learning_rate": 1e-3, "logging_steps": 1, "save_steps": 3, "report_to": "none"}
+    return flags(**settings | changes)
+
+
+def launch(work, command, **environment):
+    """Run a launcher's command in the folder and return the completed process."""
+    environment = {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(work / "cache"), **environment}
+    environment = {**os.environ, **environment}
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    return subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=240)
+
+
+def losses(output):
+    """Return the losses of the steps and of the evaluation."""
+    history = read_json(output, "trainer_state.json")["log_history"]
+    found = [entry["loss"] for entry in history if "loss" in entry]
+    assert len(found) == STEPS
+    return [*found, read_json(output, "eval_results.json")["eval_loss"]]
+
+
+@pytest.fixture
+def alone(work, monkeypatch):
+    """The losses of one process."""
+    monkeypatch.chdir(work)
+    run_mlm.main(arguments("alone", 8))
+    return pytest.approx(losses(work / "alone"), rel=1e-5)
+
+
+def calls(work):
+    """Return how often each process has encoded."""
+    return {path.name: len(path.read_text().splitlines()) for path in work.glob("encode_texts-*")}
+
+
+def test_one_process_prepares_logs_and_writes_and_both_resume(work, alone):
+    shutil.rmtree(work / "cache")
+    (work / "noting.py").write_text(NOTING)
+    command = [*TORCHRUN, "--log_dir", "logs", "--redirects", "3", "noting.py", *arguments("output", 4)]
+    done = launch(work, command)
+    logs = {path.parent.name + path.stem: path.read_text() for path in (work / "logs").glob("*/*/*/*.log")}
+    assert done.returncode == 0, logs
+    assert losses(work / "output") == alone
+    assert "samples per step (4 x 1 accumulated x 2 devices)" in logs["0stdout"]
+    assert "100%" in logs["0stderr"]
+    assert logs["1stdout"] == "" and "%|" not in logs["1stderr"]
+    noted = {path.name for path in work.glob("*-[01]")}
+    assert noted == {"encode_texts-0", "encode_texts-1", "save_to_json-0"}
+
+    weights = safetensors.torch.load_file(work / "output" / "model.safetensors")
+    shutil.rmtree(work / "output" / "checkpoint-6")
+    before = calls(work)
+    assert before["encode_texts-0"] == 4  # A text for each split, which prepares the tokenizer, and the two splits.
+    done = launch(work, [*TORCHRUN, "noting.py", *arguments("output", 4)])
+    assert done.returncode == 0, done.stderr
+    assert "Resuming from output/checkpoint-3" in done.stdout
+    # The data was in the cache.
+    assert {name: count - before[name] for name, count in calls(work).items()} == dict.fromkeys(before, 2)
+    assert losses(work / "output") == alone
+    resumed = safetensors.torch.load_file(work / "output" / "model.safetensors")
+    assert all(resumed[name].equal(weight) for name, weight in weights.items())
+
+
+def test_a_resume_on_another_number_of_processes(work, alone):
+    done = launch(work, [*TORCHRUN, str(ROOT / "run_mlm.py"), *arguments("output", 4)])
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(work / "output" / "checkpoint-6")
+    run_mlm.main(arguments("output", 8))  # In this process alone, the same samples a step.
+    assert losses(work / "output") == alone
+
+
+def test_accelerate_launch(work, alone):
+    done = launch(work, [*ACCELERATE, str(ROOT / "run_mlm.py"), *arguments("output", 4)])
+    assert done.returncode == 0, done.stderr
+    assert "samples per step (4 x 1 accumulated x 2 devices)" in done.stdout
+    assert losses(work / "output") == alone
+
+
+def test_xla_spawn(work, alone):
+    (work / "torch_xla" / "distributed").mkdir(parents=True)
+    (work / "torch_xla" / "distributed" / "xla_multiprocessing.py").write_text(XLA_MULTIPROCESSING)
+    (work / "xla_spawn.py").write_text(XLA_SPAWN)
+    command = [sys.executable, "xla_spawn.py", "--num_cores", "1", str(ROOT / "run_mlm.py"), *arguments("output", 8)]
+    done = launch(work, command, USE_TORCH_XLA="0")
+    assert done.returncode == 0, done.stderr
+    assert losses(work / "output") == alone
+
+
+@pytest.mark.parametrize("place", ["training", "tokenizing"])
+def test_a_process_that_fails_ends_all(work, place):
+    (work / "breaking.py").write_text(BREAKING)
+    done = launch(work, [*TORCHRUN, "breaking.py", *arguments("output", 4)], BREAK=place)
+    assert done.returncode != 0
+    assert f"broken while {place}" in done.stderr
+    assert not (work / "output" / "all_results.json").exists()
+
+
+def test_a_mistake_of_the_user_ends_all(work):
+    done = launch(work, [*TORCHRUN, str(ROOT / "run_mlm.py"), *arguments("output", 4, train_file="none.txt")])
+    assert done.returncode != 0
+    assert "error: --train_file none.txt: " in done.stderr
+
+
+@pytest.mark.parametrize(("when", "checkpoints"), [("step 2", [2]), (f"step {STEPS}", [STEPS]), ("end 1", [])])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(work, when, checkpoints):
+    (work / "signalled.py").write_text(SIGNALLED)
+    done = launch(work, [*TORCHRUN, "signalled.py", *arguments("output", 4, save_strategy="no")], SIGNAL=when)
+    assert done.returncode != 0
+    assert [(work / f"status-{rank}").read_text() for rank in (0, 1)] == ["143", "143"], done.stderr
+    assert [path.name for path in (work / "output").glob("checkpoint-*")] == [f"checkpoint-{n}" for n in checkpoints]
+    if not checkpoints:
+        assert (work / "output" / "model.safetensors").exists()
+
 
 # What TPU launchers such as `xla_spawn` do with the path and the arguments they are given.
 LAUNCHER = """
@@ -109,18 +329,19 @@ def test_a_launcher_imports_the_copied_script_and_calls_its_entry_point(job):
     assert_trained_and_evaluated(run_python(LAUNCHER, *arguments, cwd=work), work, arguments[0])
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", BOTH)
 def test_a_script_copied_alone_trains_there_with_one_framework(job, name):
-    assert importlib.util.find_spec("torch") and importlib.util.find_spec("jax")
     work, arguments = job(name)
     assert_trained_and_evaluated(run_python(AS_A_PROGRAM, *arguments, cwd=work), work, arguments[0])
 
 
+@pytest.mark.flax
 def test_the_copied_flax_program_runs_where_there_is_no_torch(job):
     work, arguments = job("run_mlm_flax")
     assert_trained_and_evaluated(run_python(HIDE_TORCH + AS_A_PROGRAM, *arguments, cwd=work), work, arguments[0])
 
 
+@pytest.mark.flax
 def test_importing_has_no_side_effect(tmp_path):
     done = run_python(IMPORT_ONLY, ROOT, *SCRIPTS, cwd=tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -2,16 +2,18 @@
 
 import itertools
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import transformers
-from conftest import SPECIAL, flags, make_config, make_tokenizer, write_lines
-from make_word_references import join_words
-from make_word_references import main as make_references
+from conftest import ROOT, SPECIAL, flags, make_config, make_tokenizer, write_lines
 from test_data import tokenize, word_flags
 
+pytestmark = pytest.mark.shared
+EXAMPLE = ROOT / "configs" / "chinese"
 LENGTH = 16
 SEGMENTED = [
     "我 喜欢 北京 。",
@@ -21,6 +23,11 @@ SEGMENTED = [
     " ",
     "学生 喜欢 学习 。",
 ]
+
+
+def make_references(*paths):
+    """Run the helper as a user does."""
+    subprocess.run([sys.executable, EXAMPLE / "make_word_references.py", *paths], check=True, timeout=120)
 
 
 @pytest.fixture
@@ -36,7 +43,7 @@ def chinese(tmp_path):
     transformers.BertForMaskedLM(make_config("bert", tokenizer, num_hidden_layers=1)).save_pretrained(folder)
     segmented = write_lines(tmp_path / "segmented.txt", SEGMENTED)
     text, references = str(tmp_path / "text.txt"), str(tmp_path / "text.ref")
-    make_references([segmented, str(folder), text, references])
+    make_references(segmented, folder, text, references)
     return folder, tokenizer, text, references
 
 
@@ -60,7 +67,21 @@ def test_the_helper_writes_the_documented_positions(chinese):
     lines = Path(references).read_text(encoding="utf-8").splitlines()
     assert Path(text).read_text(encoding="utf-8").splitlines()[:2] == ["我喜欢北京。", ""]
     assert [json.loads(line) for line in lines[:2]] == [[3, 5], []]
-    assert join_words(["用", "deep", "learning", "学"]) == ("用deep learning学", {0, 1, 6, 14})
+    # Words in ASCII letters keep the space between them; their pieces belong to them.
+    assert Path(text).read_text(encoding="utf-8").splitlines()[2] == "他们在北京大学学习BERT模型and语言"
+
+
+def test_the_example_is_what_the_helper_makes_of_its_text(tmp_path):
+    names = [str(tmp_path / name) for name in ("text.txt", "references.txt")]
+    make_references(EXAMPLE / "segmented.txt", EXAMPLE / "model", *names)
+    for name in names:
+        assert Path(name).read_bytes() == (EXAMPLE / Path(name).name).read_bytes()
+
+
+def test_the_example_runs(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    metrics = script.main(["configs/chinese.json", *flags(output_dir=tmp_path / "output", max_steps=20)])
+    assert metrics["eval_loss"] < np.log(len(script.load_tokenizer(script.ModelArguments("configs/chinese/model"))))
 
 
 def test_chinese_words_are_masked_whole_from_end_to_end(script, chinese, tmp_path):

@@ -1,20 +1,21 @@
-"""A run that stops and starts again ends as one that never stopped."""
+"""A stopped, killed or failed run goes on where it was, and ends as one that was never stopped."""
 
 import importlib
 import os
+import resource
 import shutil
 import signal
-from pathlib import Path
+import subprocess
+import sys
 
+import kill
 import pytest
-from conftest import flags, read_json
-from safetensors.numpy import load_file
+from conftest import ROOT, flags, history, optional_module, read_json, weights
 
-import run_mlm
+run_mlm = optional_module("run_mlm")
 
 # Transformers 4.57 warns where two checkpoints are less than a second apart, and sorts them by step: right here.
 pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")
-VARYING = ("runtime", "per_second", "total_flos", "train_loss")  # The last one is compared by itself.
 
 
 def training_flags(model_folder, text_files, output, **changes):
@@ -38,17 +39,6 @@ def training_flags(model_folder, text_files, output, **changes):
         "dropout_rate": 0.1,
     }
     return flags(**{**settings, **text_files, **changes})
-
-
-def history(output):
-    """Return the log history without run times."""
-    entries = read_json(output, "trainer_state.json")["log_history"]
-    return [{name: entry[name] for name in entry if not name.endswith(VARYING)} for entry in entries]
-
-
-def weights(folder):
-    """Return the weights of a model folder as bytes."""
-    return {name: array.tobytes() for name, array in load_file(Path(folder) / "model.safetensors").items()}
 
 
 @pytest.mark.parametrize("line_by_line", ["false", "true"])
@@ -161,6 +151,8 @@ def test_mean_loss_of_a_resumed_run_counts_all_steps(script, model_folder, text_
     assert results[1] == pytest.approx(results[0], rel=1e-4)
 
 
+@pytest.mark.flax
+@pytest.mark.pytorch
 def test_the_other_script_does_not_resume_it(model_folder, text_files, tmp_path, capsys):
     names = {"run_mlm": tmp_path / "run_mlm", "run_mlm_flax": tmp_path / "run_mlm_flax"}
     for name, output in names.items():
@@ -235,6 +227,7 @@ def test_a_model_folder_initialises_and_is_not_resumed(script, model_folder, tex
     assert read_json(second, "trainer_state.json")["log_history"][0]["step"] == 1
 
 
+@pytest.mark.pytorch
 def test_best_model_is_loaded_and_kept(model_folder, text_files, tmp_path):
     output = tmp_path / "output"
     settings = {"eval_strategy": "steps", "eval_steps": 3, "save_total_limit": 1, "load_best_model_at_end": True}
@@ -249,6 +242,7 @@ def test_best_model_is_loaded_and_kept(model_folder, text_files, tmp_path):
     assert weights(output) == weights(output / f"checkpoint-{best}")
 
 
+@pytest.mark.pytorch
 def test_signal_in_the_last_evaluation_still_saves(model_folder, text_files, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     settings = {"eval_strategy": "steps", "eval_steps": 6}
@@ -267,3 +261,70 @@ def test_signal_in_the_last_evaluation_still_saves(model_folder, text_files, tmp
     assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-12"]
     run_mlm.main(training_flags(model_folder, text_files, stopped, **settings))
     assert weights(stopped) == weights(whole)
+
+
+@pytest.mark.parametrize(("kills", "steps"), [(1, 60), pytest.param(20, 400, marks=pytest.mark.long)])
+def test_killed_runs_end_as_the_uninterrupted_one(script, tmp_path, kills, steps):
+    kill.prepare(tmp_path)
+    moments = kill.kill_at_random(script.__name__, tmp_path, steps, kills)
+    assert len(moments) == kills
+
+
+def test_full_disk(script, model_folder, text_files, tmp_path):
+    """A disk that is full from some moment on: a limit to the size of files, set from outside on a running program."""
+    output = tmp_path / "output"
+    line = training_flags(model_folder, text_files, output, save_steps=1, max_steps=30)
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *line]
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        for printed in process.stdout:
+            if "Saved " in printed and "checkpoint-2" in printed:
+                resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
+                break
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == 2
+    (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert f"--output_dir {output}" in error and "is the disk full?" in error
+    steps = [step for step, _ in script.list_checkpoints(str(output))]
+    assert steps == list(range(1, len(steps) + 1)) and 2 <= len(steps) < 30
+    script.main(line)
+    script.main(training_flags(model_folder, text_files, tmp_path / "whole", save_steps=1, max_steps=30))
+    assert weights(output) == weights(tmp_path / "whole")
+
+
+def test_ctrl_c_stops_the_program_and_the_same_command_resumes(script, model_folder, text_files, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    settings = {"max_steps": 300, "save_strategy": "no", "eval_strategy": "no"}
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py")]
+    command += training_flags(model_folder, text_files, stopped, **settings)
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True, "env": environment}
+    with subprocess.Popen(command, **options) as process:
+        for printed in process.stdout:
+            if "'grad_norm'" in printed:
+                os.killpg(process.pid, signal.SIGINT)  # As the terminal does.
+                break
+        rest, _ = process.communicate(timeout=240)
+    assert process.returncode == 130
+    (checkpoint,) = stopped.glob("checkpoint-*")
+    step = int(checkpoint.name[11:])
+    assert f"Stopped by signal 2; the checkpoint of step {step} is saved." in rest
+    for output in (stopped, whole):
+        script.main(training_flags(model_folder, text_files, output, **{**settings, "max_steps": step + 3}))
+    assert weights(stopped) == weights(whole)
+
+
+@pytest.mark.flax
+@pytest.mark.pytorch
+def test_a_checkpoint_is_a_model_for_the_other_script(model_folder, text_files, tmp_path):
+    for name in ("run_mlm", "run_mlm_flax"):
+        script = importlib.import_module(name)
+        other = importlib.import_module("run_mlm" if name == "run_mlm_flax" else "run_mlm_flax")
+        settings = {"max_steps": 3, "dropout_rate": 0}
+        script.main(training_flags(model_folder, text_files, tmp_path / name, **settings))
+        loss = read_json(tmp_path / name, "eval_results.json")["eval_loss"]
+        arguments = training_flags(tmp_path / name / "checkpoint-3", text_files, tmp_path / f"{name}-other")
+        metrics = other.main([*arguments, "--do_train", "false"])
+        assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)

@@ -10,10 +10,11 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import ROOT, flags, make_model, write_lines
+from conftest import ROOT, error_line, flags, make_model, optional_module, write_lines
 
 import run_mlm
-import run_mlm_flax
+
+run_mlm_flax = optional_module("run_mlm_flax")
 
 SECRETS = {"token": "hf_firstsecret", "hub_token": "hf_secondsecret", "push_to_hub_token": "hf_thirdsecret"}
 # Trains as another run does, says so where it has the folder, and waits.
@@ -43,15 +44,6 @@ def short_run(model_folder, text_files, output, **changes):
     return flags(**settings | changes)
 
 
-def error_line(script, arguments, capfd):
-    """Run `main`, check that it ends with status 2, and return the error line."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as exit_:
-        script.main(arguments)
-    assert exit_.value.code == 2
-    return next(line for line in capfd.readouterr().err.splitlines() if line.startswith("error: "))
-
-
 def test_a_pickle_in_a_model_folder_is_not_run(script, model_folder, text_files, tmp_path, capfd):
     os.remove(f"{model_folder}/model.safetensors")
     torch.save({"bert.embeddings.word_embeddings.weight": Bomb(tmp_path / "bomb")}, f"{model_folder}/pytorch_model.bin")
@@ -73,6 +65,7 @@ def test_a_pickle_in_a_checkpoint_is_not_run(model_folder, text_files, tmp_path,
     assert not (tmp_path / "bomb").exists()
 
 
+@pytest.mark.flax
 def test_the_flax_script_resumes_without_pickles(model_folder, text_files, tmp_path, monkeypatch, caplog):
     output = tmp_path / "output"
     run_mlm_flax.main(short_run(model_folder, text_files, output))
@@ -83,6 +76,7 @@ def test_the_flax_script_resumes_without_pickles(model_folder, text_files, tmp_p
     assert f"Resuming from {output / 'checkpoint-1'}" in caplog.text
 
 
+@pytest.mark.flax
 def test_a_corrupt_optimizer_of_a_flax_checkpoint(model_folder, text_files, tmp_path, capfd):
     output = tmp_path / "output"
     run_mlm_flax.main(short_run(model_folder, text_files, output))

@@ -3,20 +3,19 @@
 import copy
 import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ARCHITECTURES, flags, make_model, make_tokenizer, sentences, write_lines
+from conftest import ARCHITECTURES, flags, make_model, make_tokenizer, optional_module, sentences, set_up, write_lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from setups import set_up
 
 import run_mlm
-import run_mlm_flax
+
+jax, jnp = optional_module("jax"), optional_module("jax.numpy")
+run_mlm_flax = optional_module("run_mlm_flax")
 
 LENGTH = 16
 DENSE = "needs all positions in its head: training with the dense head."
@@ -88,6 +87,7 @@ def test_pytorch_loss_and_gradients_are_those_of_the_dense_head(folder, batch, t
             torch.testing.assert_close(gradient, dense_gradients[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.flax
 def test_flax_loss_and_gradients_are_those_of_the_dense_head(folder, batch, tmp_path):
     run = build(run_mlm_flax, folder, tmp_path)
     assert run.sparse_start == SELECTIONS[run.model.config.model_type]
@@ -124,6 +124,7 @@ class Changed:
         return (self.change(self.model(token_type_ids=token_type_ids, **inputs)[0]),)
 
 
+@pytest.mark.flax
 def test_flax_cuts_no_layer_where_that_fails(tmp_path):
     # The second of two layers cannot attend to positions that the first has left out.
     run = build(run_mlm_flax, make_model(tmp_path / "model"), tmp_path)
@@ -144,6 +145,7 @@ def test_pytorch_stays_dense_where_the_head_needs_all_positions(tmp_path, caplog
     assert caplog.messages[-1] == f"BertForMaskedLM {DENSE}"
 
 
+@pytest.mark.flax
 def test_flax_stays_dense_where_the_head_needs_all_positions(tmp_path, caplog):
     run = build(run_mlm_flax, make_model(tmp_path / "model", initializer_range=0.3), tmp_path)
     assert run_mlm_flax.find_sparse_start(Changed(run.model, 2, mix), run.collator, LENGTH) is None
@@ -198,6 +200,7 @@ LABELS = arrays.arrays(np.int32, st.sampled_from([(2, 8), (3, 2, 8), (2, 2, 1, 1
 )
 
 
+@pytest.mark.flax
 @settings(max_examples=60, deadline=None)
 @given(LABELS, st.sampled_from([0.01, 0.15, 1.0]))
 def test_no_label_is_ever_dropped(labels, probability):
@@ -215,6 +218,7 @@ def test_no_label_is_ever_dropped(labels, probability):
     np.testing.assert_array_equal(restored.reshape(labels.shape), labels)
 
 
+@pytest.mark.flax
 def test_more_labels_than_expected_make_another_shape():
     # 2048 tokens at 15 %: 307 expected, standard deviation 16.2.
     generator = np.random.default_rng(0)

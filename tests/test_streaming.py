@@ -2,6 +2,7 @@
 
 import copy
 import gzip
+import importlib
 import itertools
 import os
 import shutil
@@ -11,12 +12,24 @@ import numpy as np
 import pandas
 import pytest
 from accelerate.data_loader import BatchSamplerShard
-from conftest import WITHOUT_FLAX, flags, make_model, make_tokenizer, read_json, run_script, sentences, write_lines
-from setups import set_up
-from test_resume import history, weights
+from conftest import (
+    INSTALLED,
+    flags,
+    history,
+    make_model,
+    make_tokenizer,
+    optional_module,
+    read_json,
+    run_script,
+    sentences,
+    set_up,
+    weights,
+    write_lines,
+)
 
 import run_mlm
-import run_mlm_flax
+
+run_mlm_flax = optional_module("run_mlm_flax")
 
 LENGTH = 16
 
@@ -24,8 +37,8 @@ LENGTH = 16
 @pytest.fixture(autouse=True)
 def few_texts_at_a_time(monkeypatch):
     """Short streams that still have many tables of texts."""
-    for script in (run_mlm,) if WITHOUT_FLAX else (run_mlm, run_mlm_flax):
-        monkeypatch.setattr(script, "ENCODE_BATCH", 7)
+    for name in INSTALLED:
+        monkeypatch.setattr(importlib.import_module(name), "ENCODE_BATCH", 7)
 
 
 @pytest.fixture
@@ -71,6 +84,7 @@ def take(dataset, count, seed=42):
     return [content(sample) for sample in itertools.islice(dataset.samples(seed), count)]
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("settings", [{"line_by_line": "true"}, {"line_by_line": "false", "whole_word_mask": True}])
 def test_each_pass_has_the_rows_of_the_data_set(script, tokenizer, files, settings):
     rows = tokenize(script, tokenizer, files, **settings)["train"]
@@ -88,6 +102,7 @@ def test_each_pass_has_the_rows_of_the_data_set(script, tokenizer, files, settin
                 assert sorted(order[first : first + size]) == list(range(len(rows)))[first : first + size]
 
 
+@pytest.mark.shared
 def test_the_order_of_a_block_is_its_own_and_the_seeds(script, tokenizer, files):
     stream = tokenize(script, tokenizer, files, streaming=True, shuffle_buffer_size=10, line_by_line="true")["train"]
     one, other = (take(stream, 208, seed) for seed in (1, 2))
@@ -118,6 +133,7 @@ def unpadded(inputs, labels):
     return [(row[row != 0].tolist(), label[row != 0].tolist()) for row, label in zip(inputs, labels)]
 
 
+@pytest.mark.flax
 @pytest.mark.parametrize("more", [["--line_by_line", "false"], ["--line_by_line", "true", "--group_by_length"]])
 def test_both_scripts_stream_the_same_batches(small_model, files, tmp_path, more):
     arguments = flags(model_name_or_path=small_model, output_dir=tmp_path / "o", max_seq_length=LENGTH, seed=7)
@@ -156,6 +172,7 @@ def test_workers_share_the_samples(small_model, files, tmp_path):
     assert history(outputs[2]) == history(outputs[0])
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("settings", [{"line_by_line": "true"}, {"line_by_line": "false", "whole_word_mask": True}])
 def test_a_saved_state_continues_at_any_sample(script, tokenizer, files, tmp_path, settings):
     for size, limit in ((9, 40), (25, None)):
@@ -171,6 +188,7 @@ def test_a_saved_state_continues_at_any_sample(script, tokenizer, files, tmp_pat
             assert take(resumed, 150 - step) == whole[step:]
 
 
+@pytest.mark.shared
 def test_a_resume_tokenizes_only_from_its_block_on(script, tokenizer, files, tmp_path, monkeypatch):
     texts = []
     encode = script.encode_texts
@@ -246,6 +264,7 @@ def test_the_tokenizer_is_saved_without_truncation(script, small_model, files, t
         assert read_json(folder, "tokenizer.json")["truncation"] is None
 
 
+@pytest.mark.shared
 def test_validation_is_taken_from_the_beginning(script, tokenizer, tmp_path):
     lines = sentences(1200)
     given = ["--train_file", write_lines(tmp_path / "train.txt", lines)]
@@ -260,12 +279,14 @@ def test_validation_is_taken_from_the_beginning(script, tokenizer, tmp_path):
         assert sorted(row for _, _, row, _ in take(tokenized["train"], 100)) == sorted(texts[first : first + 100])
 
 
+@pytest.mark.shared
 def test_given_validation_data_is_read_whole_or_as_asked(script, tokenizer, tmp_path, files):
     for more, count in (({}, 5), ({"max_val_samples": 2}, 2)):
         settings = {"streaming": True, "line_by_line": "true", **more}
         assert len(tokenize(script, tokenizer, files, **settings)["validation"]) == count
 
 
+@pytest.mark.shared
 def test_a_data_set_folder_is_streamed(script, tokenizer, tmp_path):
     lines = sentences(40)
     for split, part in (("train", lines), ("validation", lines[:3])):
@@ -279,6 +300,7 @@ def test_a_data_set_folder_is_streamed(script, tokenizer, tmp_path):
     assert len(tokenized["validation"]) == 3
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("extension", ["csv", "json", "jsonl", "parquet"])
 @pytest.mark.filterwarnings(r"ignore:unclosed file .*\.csv:ResourceWarning")
 def test_other_formats_are_streamed(script, tokenizer, tmp_path, extension):
@@ -305,6 +327,7 @@ def test_a_stream_without_a_sample_is_an_error(script, small_model, tmp_path, ca
         assert "no sample" in capsys.readouterr().err
 
 
+@pytest.mark.shared
 def test_text_that_breaks_off_in_the_stream_is_an_error(script, tokenizer, tmp_path):
     good, bad = tmp_path / "good.jsonl", tmp_path / "broken.jsonl"
     good.write_text("".join(f'{{"text": "{line}"}}\n' for line in sentences(20)))

@@ -11,6 +11,7 @@ import transformers
 from conftest import ROOT, flags, make_byte_level_tokenizer, make_tokenizer, sentences, slow_tokenizers, write_lines
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+pytestmark = pytest.mark.shared
 LENGTH = 16
 KINDS = ("wordpiece", "byte_level", "unigram")
 RARE = "the baker zigzags over wobbly gravel and a sailor yawns"

@@ -1,13 +1,13 @@
 """Make a text file and its word references from a text whose words are separated by spaces.
 
-python tests/make_word_references.py segmented.txt TOKENIZER text.txt references.txt
+    python configs/chinese/make_word_references.py segmented.txt TOKENIZER text.txt references.txt
 
 TOKENIZER is a folder or a hub name with a fast tokenizer. Lines stay lines, blank ones included. Words are joined
 without a space, but for two that meet in ASCII letters or digits.
 """
 
+import argparse
 import json
-import sys
 
 import transformers
 
@@ -30,14 +30,19 @@ def word_references(tokenizer, text, starts):
     return [i for i, ((first, _), special) in enumerate(tokens) if not special and first not in starts]
 
 
-def main(argv=None):
+def main():
     """Read the segmented text and write the two files."""
-    segmented, name, text_path, reference_path = sys.argv[1:] if argv is None else argv
-    tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("segmented", help="text whose words are separated by spaces")
+    parser.add_argument("tokenizer", help="folder or hub name of a fast tokenizer")
+    parser.add_argument("text", help="the text to write")
+    parser.add_argument("references", help="the word references to write")
+    args = parser.parse_args()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
     with (
-        open(segmented, encoding="utf-8-sig") as source,
-        open(text_path, "w", encoding="utf-8") as text_file,
-        open(reference_path, "w", encoding="utf-8") as reference_file,
+        open(args.segmented, encoding="utf-8-sig") as source,
+        open(args.text, "w", encoding="utf-8") as text_file,
+        open(args.references, "w", encoding="utf-8") as reference_file,
     ):
         for line in source:
             text, starts = join_words(line.split())

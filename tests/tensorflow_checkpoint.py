@@ -1,6 +1,5 @@
-"""An original TensorFlow checkpoint of BERT is converted; needs TensorFlow (`pip install tensorflow-cpu`)."""
+"""An original TensorFlow checkpoint of BERT is converted. Run by its name, where tensorflow-cpu is installed."""
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -10,18 +9,15 @@ import torch
 import transformers
 from conftest import ROOT, flags, make_config, make_tokenizer, read_json, run_script, sentences, write_lines
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("tensorflow") is None,
-    reason="TensorFlow is not installed, which the conversion needs: pip install tensorflow-cpu",
-)
 LAYERS = 2
 # In a process of its own, as for a user: what Transformers does depends on TensorFlow from its first import on.
 LOAD = """
 import sys, run_mlm
 *line, folder = sys.argv[1:]
 model_args, _, _ = run_mlm.parse_args(line)
-config = run_mlm.load_config(model_args)
-run_mlm.load_model(model_args, config, run_mlm.load_tokenizer(model_args)).save_pretrained(folder)
+tokenizer = run_mlm.load_tokenizer(model_args)
+config = run_mlm.load_config(model_args, tokenizer)
+run_mlm.load_model(model_args, config, tokenizer).save_pretrained(folder)
 """
 
 

@@ -1,10 +1,13 @@
-"""Both scripts draw the same TensorBoard charts, with the values of trainer_state.json."""
+"""What a run leaves: TensorBoard charts with the logged values, and a true model card."""
 
 import importlib
 import math
+import os
+from unittest import mock
 
 import pytest
-from conftest import INSTALLED, flags, flax_only, make_model, read_json, sentences, write_lines
+from conftest import BOTH, INSTALLED, flags, make_model, read_json, sentences, write_lines
+from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TAGS = {f"train/{name}" for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second")}
@@ -42,7 +45,7 @@ def points(events, tag):
     return [point.step for point in found], [point.value for point in found]
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", BOTH)
 def test_charts_hold_the_logged_values(runs, name):
     output, events = runs[name]
     assert set(events.Tags()["scalars"]) >= TAGS
@@ -57,7 +60,8 @@ def test_charts_hold_the_logged_values(runs, name):
         assert values == pytest.approx([value for _, value in expected], rel=1e-6)
 
 
-@flax_only
+@pytest.mark.flax
+@pytest.mark.pytorch
 def test_both_scripts_draw_the_same_charts(runs):
     (_, one), (_, other) = runs.values()
     # The Trainer also estimates its operations.
@@ -69,17 +73,76 @@ def test_both_scripts_draw_the_same_charts(runs):
         assert values[-1] == pytest.approx(others[-1], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", INSTALLED)
+@pytest.mark.parametrize("name", BOTH)
 def test_no_token_is_on_the_charts(runs, name):
     files = list(runs[name][0].rglob("*events*"))
     assert files
     assert not any(b"hf_chartsecret" in path.read_bytes() for path in files)
 
 
-@flax_only
+@pytest.mark.flax
 def test_without_the_package_nothing_is_drawn(model_folder, text_files, tmp_path, monkeypatch):
     script = importlib.import_module("run_mlm_flax")
     monkeypatch.setattr(script, "EventFileWriter", None)
     metrics = script.main(run_flags(script.__name__, model_folder, text_files, tmp_path / "output"))
     assert math.isfinite(metrics["eval_loss"])
     assert not list(tmp_path.rglob("*events*"))
+
+
+def card_flags(model_folder, text_files, output, **changes):
+    """Return the command line of a run of three steps."""
+    settings = {"model_name_or_path": model_folder, "output_dir": output, "do_train": True, "do_eval": True}
+    settings |= {"max_steps": 3, "max_seq_length": 16, "line_by_line": "true", "lr_scheduler_type": "linear"}
+    return flags(**settings | text_files | changes)
+
+
+@pytest.fixture(scope="module")
+def cards(tmp_path_factory):
+    """{script: output folder} of the same run of the scripts."""
+    folder = tmp_path_factory.mktemp("cards")
+    model, made = make_model(folder / "model"), {}
+    files = {"train_file": write_lines(folder / "train.txt", sentences(100))}
+    files["validation_file"] = write_lines(folder / "validation.txt", sentences(20, seed=1))
+    for name in INSTALLED:
+        made[name] = folder / name / "tiny-mlm"
+        with mock.patch.dict(os.environ):  # The Trainer tells Accelerate there of `--bf16`.
+            importlib.import_module(name).main(card_flags(model, files, made[name], token="hf_cardsecret"))
+    return made
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_metadata_is_what_the_hub_reads(cards, name):
+    data = ModelCard.load(cards[name] / "README.md").data
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == (None if name == "run_mlm" else "fill-mask")  # The hub finds it in config.json.
+    assert data.base_model is None  # A folder of this machine.
+    assert "masked-language-modeling" in data.tags
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_results_are_true(cards, name):
+    text = (cards[name] / "README.md").read_text(encoding="utf-8")
+    results = read_json(cards[name], "eval_results.json")
+    for shown, key in (("Loss", "eval_loss"), ("Accuracy", "eval_accuracy"), ("Perplexity", "perplexity")):
+        (line,) = [line for line in text.lower().splitlines() if line.startswith(f"- {shown.lower()}: ")]
+        assert float(line.split(": ")[1]) == pytest.approx(results[key], rel=1e-3)
+    assert "# tiny-mlm" in text
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_nothing_of_this_machine_is_in_a_card(cards, name):
+    text = (cards[name] / "README.md").read_text(encoding="utf-8")
+    assert "hf_cardsecret" not in text
+    assert str(cards[name].parent.parent) not in text
+
+
+def test_a_new_model_is_not_called_fine_tuned(script, model_folder, text_files, tmp_path):
+    settings = {"config_name": model_folder, "tokenizer_name": model_folder, "output_dir": tmp_path / "o"}
+    settings |= {"do_train": True, "max_steps": 1, "max_seq_length": 16, **text_files}
+    script.main(flags(**settings))
+    assert "fine-tuned" not in (tmp_path / "o" / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_evaluation_writes_no_card(script, model_folder, text_files, tmp_path):
+    script.main(card_flags(model_folder, text_files, tmp_path / "output", do_train="false"))
+    assert not (tmp_path / "output" / "README.md").exists()

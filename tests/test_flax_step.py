@@ -1,6 +1,8 @@
-"""One training step is AdamW on the mean loss over all labels, however the batch is laid out and split."""
+"""One Flax step is AdamW on the mean loss over all labels; its loss, metrics and learning rates by hand."""
 
 import functools
+import inspect
+import math
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -11,9 +13,12 @@ import torch
 import transformers
 from conftest import flags, make_model, read_json, run_script, sentences, write_lines
 from flax import jax_utils
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers.modeling_flax_pytorch_utils import load_flax_weights_in_pytorch_model
 
 import run_mlm_flax
+from run_mlm_flax import accuracy, compute_metrics, cross_entropy
 
 ROWS, LENGTH, RATE, DECAY, EPSILON = 8, 16, 1e-2, 0.1, 1e-3
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -243,3 +248,172 @@ def test_losses_do_not_depend_on_the_number_of_devices(folder, tmp_path):
         assert others == pytest.approx(losses, rel=1e-5)
         assert other_evaluation["eval_loss"] == pytest.approx(evaluation["eval_loss"], rel=1e-5)
         assert other_evaluation["eval_accuracy"] == evaluation["eval_accuracy"]
+
+
+# Three positions of a vocabulary of 4: probabilities (1/2, 1/4, 1/8, 1/8), uniform, and (1/16, 1/16, 1/8, 3/4).
+PROBABILITIES = np.array([[1 / 2, 1 / 4, 1 / 8, 1 / 8], [1 / 4] * 4, [1 / 16, 1 / 16, 1 / 8, 3 / 4]])
+LOGITS = np.log(PROBABILITIES).astype(np.float32) + np.array([[3.0], [0.0], [-5.0]], np.float32)
+TARGETS = np.array([1, 2, 3])
+LN2 = math.log(2)
+
+
+def soft_target_loss(logits, targets, weights, smoothing):
+    """The documented loss with its one-hot array written out, in float64: (sum, sum of weights)."""
+    size = logits.shape[-1]
+    log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    soft = np.where(np.eye(size)[targets] == 1, 1 - smoothing, smoothing / (size - 1))
+    entropy = -sum(p * math.log(p) for p in [1 - smoothing] + [smoothing / (size - 1)] * (size - 1) if p > 0)
+    return ((-(soft * log_probs).sum(-1) - entropy) * weights).sum(), weights.sum()
+
+
+def test_cross_entropy_by_hand():
+    # -ln(1/4) - ln(1/4) - ln(3/4) = 6 ln 2 - ln 3
+    loss, normalizer = cross_entropy(LOGITS, TARGETS)
+    assert float(loss) == pytest.approx(6 * LN2 - math.log(3), rel=1e-5)
+    assert normalizer == 3
+    loss, normalizer = cross_entropy(LOGITS, TARGETS, np.array([1, 0, 1]))
+    assert float(loss) == pytest.approx(4 * LN2 - math.log(3), rel=1e-5)
+    assert normalizer == 2
+    loss, normalizer = cross_entropy(LOGITS, TARGETS, np.array([0.5, 2.0, 0.0]))
+    assert float(loss) == pytest.approx(5 * LN2, rel=1e-5)
+    assert normalizer == 2.5
+
+
+def test_label_smoothing_by_hand():
+    # Uniform logits cost ln 4 whatever the target; smoothed to (1/2, 1/6, 1/6, 1/6), ln(2)/2 + ln(6)/2 is the floor.
+    loss, _ = cross_entropy(LOGITS[1:2], TARGETS[1:2], label_smoothing=0.5)
+    assert float(loss) == pytest.approx(2 * LN2 - (LN2 + math.log(6)) / 2, rel=1e-5)
+    # A model that predicts the smoothed distribution itself has nothing left to lose.
+    best = np.log(np.array([[1 / 6, 1 / 2, 1 / 6, 1 / 6]], np.float32))
+    assert float(cross_entropy(best, np.array([1]), label_smoothing=0.5)[0]) == pytest.approx(0, abs=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from([0.0, 0.1, 0.9]), st.booleans())
+def test_cross_entropy_equals_the_one_hot_form(seed, smoothing, weighted):
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(scale=3, size=(2, 3, 11))
+    targets = generator.integers(11, size=(2, 3))
+    weights = generator.integers(0, 2, (2, 3)) if weighted else np.ones((2, 3))
+    expected = soft_target_loss(logits, targets, weights, smoothing)
+    loss, normalizer = cross_entropy(logits.astype(np.float32), targets, weights if weighted else None, smoothing)
+    assert float(loss) == pytest.approx(expected[0], rel=1e-4, abs=1e-4)
+    assert float(normalizer) == expected[1]
+
+
+def test_accuracy_counts_hits():
+    assert float(accuracy(LOGITS, np.array([0, 3, 3]))) == 2
+    assert float(accuracy(LOGITS, np.array([0, 3, 3]), np.array([1, 1, 0]))) == 1
+    assert float(accuracy(LOGITS[None], np.array([[0, 3, 3]]), np.array([[0.5, 1, 0.25]]))) == 0.75
+
+
+def test_compute_metrics_are_sums():
+    weights = np.array([1, 1, 0])
+    metrics = {name: float(value) for name, value in compute_metrics(LOGITS, TARGETS, weights).items()}
+    assert metrics == pytest.approx({"loss": 4 * LN2, "accuracy": 0, "normalizer": 2}, rel=1e-5)
+    metrics = compute_metrics(LOGITS, np.array([0, 2, 3]), np.ones(3), label_smoothing=0.5)
+    expected = soft_target_loss(LOGITS.astype(np.float64), np.array([0, 2, 3]), np.ones(3), 0.5)[0]
+    assert float(metrics["loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(metrics["accuracy"]) == 2
+
+
+def test_large_logits_do_not_overflow():
+    logits = np.array([[1e4, 0.0, -1e4]], np.float32)
+    assert float(cross_entropy(logits, np.array([0]))[0]) == 0
+    assert float(cross_entropy(logits, np.array([2]))[0]) == pytest.approx(2e4)
+
+
+def test_mean_metrics_divide_once(script):
+    # Sums over 8 tokens: mean loss 12 ln 2 / 8 = 1.5 ln 2, so perplexity 2 ** 1.5.
+    metrics = script.mean_metrics(np.float32(12 * LN2), 6, np.int64(8))
+    assert metrics == pytest.approx({"loss": 1.5 * LN2, "accuracy": 0.75, "perplexity": 2**1.5}, rel=1e-6)
+    assert {type(value) for value in metrics.values()} == {float}  # What JSON can hold.
+
+
+def test_mean_metrics_at_the_limits(script):
+    assert script.mean_metrics(800.0, 0, 1) == {"loss": 800.0, "accuracy": 0.0, "perplexity": math.inf}
+    assert script.mean_metrics(math.inf, 0, 1)["perplexity"] == math.inf
+    assert math.isnan(script.mean_metrics(math.nan, 0, 1)["perplexity"])
+    assert script.mean_metrics(0.0, 0, 0) == {"loss": 0.0, "accuracy": 0.0, "perplexity": 1.0}
+
+
+@pytest.mark.parametrize("function", [accuracy, cross_entropy])
+@pytest.mark.parametrize("shape", [(4,), (1, 4), (2, 1), (2, 4, 1)])
+def test_targets_of_another_shape_are_an_error(function, shape):
+    with pytest.raises(ValueError, match="do not fit logits"):
+        function(np.zeros((2, 4, 7), np.float32), np.zeros(shape, np.int32))
+
+
+make = run_mlm_flax.create_learning_rate_scheduler
+
+
+def test_signature_is_the_documented_one():
+    defaults = {name: item.default for name, item in inspect.signature(make).parameters.items()}
+    assert list(defaults.items()) == [
+        ("factors", "constant * linear_warmup * rsqrt_decay"),
+        ("base_learning_rate", 0.5),
+        ("warmup_steps", 1000),
+        ("decay_factor", 0.5),
+        ("steps_per_decay", 20000),
+        ("steps_per_cycle", 100000),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("factor", "settings", "rates"),
+    [
+        ("constant", {"base_learning_rate": 0.25}, {0: 0.25, 10**6: 0.25}),
+        ("linear_warmup", {"warmup_steps": 8}, {0: 0, 2: 0.25, 7: 0.875, 8: 1, 100: 1}),
+        ("rsqrt_decay", {"warmup_steps": 16}, {0: 0.25, 16: 0.25, 64: 0.125, 10**6: 0.001}),
+        ("rsqrt_normalized_decay", {"warmup_steps": 16}, {0: 1, 16: 1, 64: 0.5, 1600: 0.1}),
+        ("decay_every", {"decay_factor": 0.1, "steps_per_decay": 10}, {0: 1, 9: 1, 10: 0.1, 29: 0.01, 30: 0.001}),
+        (
+            "cosine_decay",
+            {"warmup_steps": 10, "steps_per_cycle": 40},
+            {0: 1, 10: 1, 20: 0.5 + 0.5 * math.sqrt(0.5), 30: 0.5, 50: 1, 70: 0.5},
+        ),
+    ],
+)
+def test_each_factor_by_hand(factor, settings, rates):
+    schedule = make(factor, **settings)
+    for step, rate in rates.items():
+        assert float(schedule(step)) == pytest.approx(rate, rel=1e-6)
+        assert float(schedule(np.int32(step))) == pytest.approx(rate, rel=1e-6)
+
+
+def test_factors_multiply_whatever_the_spaces():
+    settings = {"base_learning_rate": 0.5, "warmup_steps": 4, "decay_factor": 0.1, "steps_per_decay": 8}
+    for factors in ("constant*linear_warmup * decay_every", " constant  *  decay_every*linear_warmup "):
+        schedule = make(factors, **settings)
+        assert [float(schedule(step)) for step in (1, 4, 9)] == pytest.approx([0.125, 0.5, 0.05])
+    # The documented default at its documented settings: 0.5 * 500 / 1000 / sqrt(1000), and 0.5 / sqrt(4000).
+    assert float(make()(500)) == pytest.approx(0.25 / math.sqrt(1000))
+    assert float(make()(4000)) == pytest.approx(0.5 / math.sqrt(4000))
+
+
+@pytest.mark.parametrize("factor", ["linear_warmup", "rsqrt_decay", "rsqrt_normalized_decay", "cosine_decay"])
+def test_no_warmup_is_one_step_of_it(factor):
+    none, one = make(factor, warmup_steps=0), make(factor, warmup_steps=1)
+    for step in range(5):
+        assert math.isfinite(float(none(step)))
+        assert float(none(step)) == float(one(step))
+
+
+@pytest.mark.parametrize("factors", ["constant * quadratic", "", "constant * ", "constant, linear_warmup"])
+def test_an_unknown_factor_is_named(factors):
+    with pytest.raises(ValueError, match="known: constant, linear_warmup, rsqrt_decay") as error:
+        make(factors)
+    assert repr(factors) in str(error.value)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize("name", run_mlm_flax.SCHEDULES)
+def test_named_schedules_are_the_trainers_at_every_step(name, warmup):
+    args = SimpleNamespace(learning_rate=3e-4, warmup_steps=warmup, lr_scheduler_type=name)
+    ours = run_mlm_flax.create_schedule(args, 40)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
+    stock = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=40)
+    for step in range(40):
+        assert float(ours(step)) == pytest.approx(stock.get_last_lr()[0], rel=1e-5, abs=1e-10)
+        optimizer.step()
+        stock.step()
