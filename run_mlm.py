@@ -304,7 +304,7 @@ def check_args(model_args, data_args, training_args):
         (not (references and data.whole_word_mask), "use either --whole_word_mask or reference files"),
         (not (references and data.streaming), "reference files do not work with --streaming"),
         (training.max_steps > 0 or not (data.streaming and training.do_train), "--streaming needs --max_steps"),
-        (training.max_steps > 0 or training.max_steps == -1, f"--max_steps {training.max_steps} is not -1 or above"),
+        (training.max_steps > 0 or training.max_steps == -1, f"--max_steps {training.max_steps} is not above 0 or -1"),
         (training.do_train or not training.push_to_hub, "--push_to_hub needs --do_train"),
     ]
     for holds, message in requirements:

@@ -334,7 +334,7 @@ def check_args(model_args, data_args, training_args):
         (not (references and data.whole_word_mask), "use either --whole_word_mask or reference files"),
         (not (references and data.streaming), "reference files do not work with --streaming"),
         (training.max_steps > 0 or not (data.streaming and training.do_train), "--streaming needs --max_steps"),
-        (training.max_steps > 0 or training.max_steps == -1, f"--max_steps {training.max_steps} is not -1 or above"),
+        (training.max_steps > 0 or training.max_steps == -1, f"--max_steps {training.max_steps} is not above 0 or -1"),
         (training.do_train or not training.push_to_hub, "--push_to_hub needs --do_train"),
     ]
     for holds, message in requirements:
@@ -1315,6 +1315,10 @@ class SummaryWriter:
         if self.writer:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
             self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
+
+    def __del__(self):  # Ends its thread.
+        if self.writer:
+            self.writer.close()
 
 
 @dataclass

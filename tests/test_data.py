@@ -203,7 +203,7 @@ def test_a_slow_tokenizer_gives_the_same_lines(script, tmp_path, tokenizer, text
     assert rows(results[0]["train"]) == rows(results[1]["train"])
 
 
-@pytest.mark.parametrize("more", [{}, {"whole_word_mask": True}])
+@pytest.mark.parametrize("more", [{}, pytest.param({"whole_word_mask": True}, marks=pytest.mark.long)])
 def test_workers_lose_at_most_one_row_each(script, tokenizer, tmp_path, count_encoded, more):
     lines = sentences(300)
     settings = {"validation_file": write_lines(tmp_path / "lines.txt", lines), "line_by_line": "false"}

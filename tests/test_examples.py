@@ -137,7 +137,14 @@ def workplace(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", EXAMPLES.values(), ids=EXAMPLES)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(text, marks=[] if name in ("import of run_mlm", "json", "flax text files") else pytest.mark.long)
+        for name, text in EXAMPLES.items()
+    ],
+    ids=EXAMPLES,
+)
 def test_documented_example_runs(workplace, command):
     python, path, *arguments = shlex.split(command.replace("\\\n", ""))  # As a shell joins lines.
     assert python == "python"
@@ -167,7 +174,6 @@ SHORT = {
     "adam_beta2": 0.98,
     "eval_strategy": "no",
     "save_strategy": "no",
-    "report_to": "none",
 }
 
 

@@ -213,6 +213,7 @@ def test_evaluation_step_sums(folder, model):
     assert float(sums["accuracy"][0]) == (logits.argmax(-1) == labels).sum()
 
 
+@pytest.mark.long
 def test_losses_do_not_depend_on_the_number_of_devices(folder, tmp_path):
     settings = {
         "model_name_or_path": folder,

@@ -81,7 +81,10 @@ def command(folder, output, samples, **settings):
 
 def start(arguments, devices, cwd, **environment):
     """Start a process with some devices and return it."""
-    environment = {**environment, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = {
+        **environment,
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
+    }
     return subprocess.Popen(
         [sys.executable, "-c", WATCHED, *arguments],
         cwd=cwd,
@@ -141,19 +144,25 @@ def assert_same(one, other):
         np.testing.assert_allclose(value, weights[1][name], atol=2e-5)
 
 
-@pytest.mark.parametrize("settings", [{"line_by_line": "true"}, {"line_by_line": "false", "whole_word_mask": True}])
-def test_two_processes_train_as_one(material, tmp_path, settings):
-    run_one(command(material, tmp_path / "one", 16, **settings), 1, tmp_path)
-    run_one(command(material, tmp_path / "four", 4, **settings), 4, tmp_path)
+@pytest.mark.parametrize(
+    ("devices", "settings"),
+    [
+        ([1], {"line_by_line": "true"}),
+        pytest.param([1, 4], {"line_by_line": "false", "whole_word_mask": True}, marks=pytest.mark.long),
+    ],
+)
+def test_two_processes_train_as_one(material, tmp_path, devices, settings):
+    for count in devices:
+        run_one(command(material, tmp_path / f"alone-{count}", 16 // count, **settings), count, tmp_path)
     done = run_two(command(material, "output", 4, **settings), tmp_path)
     assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
-    for output in ("one", "four"):
-        assert_same(tmp_path / "output", tmp_path / output)
+    for count in devices:
+        assert_same(tmp_path / "output", tmp_path / f"alone-{count}")
     # Process 0 alone logs, and each collates its half of every step, missing samples included.
     assert "Starting a new run" in done[0][1]
     assert "INFO" not in done[1][1]
     counts = [int(output.split("collated ")[1]) for _, output, _ in done]
-    eval_steps = -(-read_json(tmp_path / "one", "eval_results.json")["eval_samples"] // 16)
+    eval_steps = -(-read_json(tmp_path / "alone-1", "eval_results.json")["eval_samples"] // 16)
     tried = 2 + 3  # The sparse head, on two samples, and the predictions for three.
     assert counts == [8 * (STEPS + eval_steps) + tried] * 2
 
@@ -176,6 +185,7 @@ def test_a_signal_to_one_stops_both_and_they_resume(material, tmp_path):
     assert all(np.array_equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
+@pytest.mark.long
 def test_two_processes_stream_as_one(material, tmp_path):
     settings = {"streaming": True, "shuffle_buffer_size": 20}
     run_one(command(material, tmp_path / "one", 16, **settings), 1, tmp_path)
@@ -192,6 +202,7 @@ def test_a_mistake_is_reported_by_each_process(material, tmp_path):
         assert line.startswith("error: --train_file none.txt: ")
 
 
+@pytest.mark.long
 def test_a_resume_on_another_number_of_devices(material, tmp_path):
     schedule = {"lr_scheduler_type": "constant"}  # It does not depend on the number of steps to come.
     saving = {"save_strategy": "steps", "save_steps": 2, **schedule}
@@ -202,6 +213,7 @@ def test_a_resume_on_another_number_of_devices(material, tmp_path):
     assert_same(tmp_path / "output", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_crash_of_one_process_ends_both(material, tmp_path):
     done = run_two(command(material, "output", 4), tmp_path, ({}, {"CRASH": "1"}))
     assert done[0][0] != 0

@@ -186,6 +186,7 @@ def test_a_resume_on_another_number_of_processes(work, alone):
     assert losses(work / "output") == alone
 
 
+@pytest.mark.long
 def test_accelerate_launch(work, alone):
     done = launch(work, [*ACCELERATE, str(ROOT / "run_mlm.py"), *arguments("output", 4)])
     assert done.returncode == 0, done.stderr
@@ -193,6 +194,7 @@ def test_accelerate_launch(work, alone):
     assert losses(work / "output") == alone
 
 
+@pytest.mark.long
 def test_xla_spawn(work, alone):
     (work / "torch_xla" / "distributed").mkdir(parents=True)
     (work / "torch_xla" / "distributed" / "xla_multiprocessing.py").write_text(XLA_MULTIPROCESSING)
@@ -203,7 +205,7 @@ def test_xla_spawn(work, alone):
     assert losses(work / "output") == alone
 
 
-@pytest.mark.parametrize("place", ["training", "tokenizing"])
+@pytest.mark.parametrize("place", ["training", pytest.param("tokenizing", marks=pytest.mark.long)])
 def test_a_process_that_fails_ends_all(work, place):
     (work / "breaking.py").write_text(BREAKING)
     done = launch(work, [*TORCHRUN, "breaking.py", *arguments("output", 4)], BREAK=place)
@@ -212,13 +214,21 @@ def test_a_process_that_fails_ends_all(work, place):
     assert not (work / "output" / "all_results.json").exists()
 
 
+@pytest.mark.long
 def test_a_mistake_of_the_user_ends_all(work):
     done = launch(work, [*TORCHRUN, str(ROOT / "run_mlm.py"), *arguments("output", 4, train_file="none.txt")])
     assert done.returncode != 0
     assert "error: --train_file none.txt: " in done.stderr
 
 
-@pytest.mark.parametrize(("when", "checkpoints"), [("step 2", [2]), (f"step {STEPS}", [STEPS]), ("end 1", [])])
+@pytest.mark.parametrize(
+    ("when", "checkpoints"),
+    [
+        ("step 2", [2]),
+        pytest.param(f"step {STEPS}", [STEPS], marks=pytest.mark.long),
+        pytest.param("end 1", [], marks=pytest.mark.long),
+    ],
+)
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(work, when, checkpoints):
     (work / "signalled.py").write_text(SIGNALLED)
     done = launch(work, [*TORCHRUN, "signalled.py", *arguments("output", 4, save_strategy="no")], SIGNAL=when)

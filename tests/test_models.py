@@ -106,7 +106,7 @@ def test_each_architecture_trains_alike_and_is_saved_whole(tmp_path, architectur
     assert losses[-1] == pytest.approx(losses[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "roberta"])
+@pytest.mark.parametrize("architecture", ["bert", pytest.param("roberta", marks=pytest.mark.long)])
 def test_an_untied_decoder_of_another_vocabulary_is_saved_whole(script, tmp_path, architecture):
     # A tokenizer whose vocabulary has another size than the model, and an evaluation of what training saved.
     folder = make_model(tmp_path / "model", architecture, tie_word_embeddings=False, **SMALL)

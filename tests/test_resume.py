@@ -263,7 +263,7 @@ def test_signal_in_the_last_evaluation_still_saves(model_folder, text_files, tmp
     assert weights(stopped) == weights(whole)
 
 
-@pytest.mark.parametrize(("kills", "steps"), [(1, 60), pytest.param(20, 400, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("kills", "steps"), [(1, 24), pytest.param(20, 400, marks=pytest.mark.long)])
 def test_killed_runs_end_as_the_uninterrupted_one(script, tmp_path, kills, steps):
     kill.prepare(tmp_path)
     moments = kill.kill_at_random(script.__name__, tmp_path, steps, kills)
@@ -273,7 +273,7 @@ def test_killed_runs_end_as_the_uninterrupted_one(script, tmp_path, kills, steps
 def test_full_disk(script, model_folder, text_files, tmp_path):
     """A disk that is full from some moment on: a limit to the size of files, set from outside on a running program."""
     output = tmp_path / "output"
-    line = training_flags(model_folder, text_files, output, save_steps=1, max_steps=30)
+    line = training_flags(model_folder, text_files, output, save_steps=1, max_steps=15)
     command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *line]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(
@@ -288,9 +288,9 @@ def test_full_disk(script, model_folder, text_files, tmp_path):
     (error,) = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert f"--output_dir {output}" in error and "is the disk full?" in error
     steps = [step for step, _ in script.list_checkpoints(str(output))]
-    assert steps == list(range(1, len(steps) + 1)) and 2 <= len(steps) < 30
+    assert steps == list(range(1, len(steps) + 1)) and 2 <= len(steps) < 15
     script.main(line)
-    script.main(training_flags(model_folder, text_files, tmp_path / "whole", save_steps=1, max_steps=30))
+    script.main(training_flags(model_folder, text_files, tmp_path / "whole", save_steps=1, max_steps=15))
     assert weights(output) == weights(tmp_path / "whole")
 
 

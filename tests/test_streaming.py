@@ -162,6 +162,7 @@ def test_each_process_takes_its_part_of_a_step(small_model, files, tmp_path):
     assert [sample for pair in zip(*parts) for batch in pair for sample in batch] == take(stream, 48)
 
 
+@pytest.mark.long
 def test_workers_share_the_samples(small_model, files, tmp_path):
     # A program of its own: workers are forked, which JAX threads of other tests in this process do not allow.
     outputs = {workers: tmp_path / str(workers) for workers in (0, 2)}

@@ -164,6 +164,7 @@ def spawn():
     multiprocessing.set_start_method(before, force=True)
 
 
+@pytest.mark.long
 def test_data_workers(train, spawn):
     assert train("workers", dataloader_num_workers=2) == train("plain")
 
