@@ -81,7 +81,7 @@ INTERVALS = {
     "(0, inf)": "num_train_epochs adam_epsilon logging_steps eval_steps save_steps",
     "[0, inf)": "learning_rate warmup_steps weight_decay max_grad_norm",
     "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor dropout_rate",
-    "(0, 1]": "mlm_probability eval_mlm_probability",
+    "(0, 1]": "mlm_probability final_mlm_probability eval_mlm_probability",
     "[0, 1]": "mask_replace_prob random_replace_prob",
     "[1, 99]": "validation_split_percentage",
     "[0, 4294967295]": "seed",
@@ -128,6 +128,7 @@ class ModelArguments:
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model on the hub.")
     token: Optional[str] = HfArg(default=None, repr=False, help="Hub token, for private models and data sets.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub token stored by `hf auth login`.")
+    new_tokens: Optional[str] = HfArg(default=None, help="File of tokens to add to the tokenizer, one a line.")
     dropout_rate: Optional[float] = HfArg(default=None, help="Every dropout probability of the model.")
     dense_head: bool = HfArg(default=False, help="Compute the vocabulary logits at every position.")
 
@@ -164,7 +165,8 @@ class DataTrainingArguments:
     max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: at most 1024).")
     preprocessing_num_workers: Optional[int] = HfArg(default=None, help="Processes that tokenize.")
     mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
-    eval_mlm_probability: Optional[float] = HfArg(default=None, help="The same share in evaluation.")
+    final_mlm_probability: Optional[float] = HfArg(default=None, help="The same share at the end: it falls linearly.")
+    eval_mlm_probability: Optional[float] = HfArg(default=None, help="The same share in evaluation (default: final).")
     mask_replace_prob: float = HfArg(default=0.8, help="Share of the chosen tokens that become the mask token.")
     random_replace_prob: float = HfArg(default=0.1, help="Share of the chosen tokens that become a random one.")
     whole_word_mask: bool = HfArg(default=False, help="Choose whole words (needs a fast tokenizer).")
@@ -191,6 +193,7 @@ class TrainingArguments(transformers.TrainingArguments):
     per_device_train_batch_size: int = HfArg(default=8, help="Batch size per device.", aliases=["--train_batch_size"])
     per_device_eval_batch_size: int = HfArg(default=8, help="The same in evaluation.", aliases=["--eval_batch_size"])
     report_to: Optional[list[str]] = HfArg(default=None, help="Where to log: all, tensorboard, wandb, none, ...")
+    attn_implementation: Optional[str] = HfArg(default=None, help="Attention: sdpa, flash_attention_2, ...")
     hub_strategy: str = HfArg(default="end", help="When to upload: end, every_save, checkpoint, all_checkpoints.")
     # Transformers 5 has dropped these: they are documented, shared with the Flax script, or given by `xla_spawn`.
     overwrite_output_dir: bool = HfArg(default=False, help="Overwrite the contents of output_dir.")
@@ -289,6 +292,7 @@ def check_args(model_args, data_args, training_args):
     references = data.train_ref_file or data.validation_ref_file
     new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES)
     replaced = data.mask_replace_prob + data.random_replace_prob
+    final_share = data.final_mlm_probability or data.mlm_probability
     requirements = [
         (training.output_dir, "--output_dir is required"),
         (model.model_name_or_path or new_model, "no model: give --model_name_or_path, --config_name or --model_type"),
@@ -298,6 +302,7 @@ def check_args(model_args, data_args, training_args):
         (data.dataset_name or data.train_file or data.validation_file, "no data: give --train_file or --dataset_name"),
         (data.dataset_name or data.train_file or not training.do_train, "--do_train needs --train_file"),
         (0 < replaced <= 1, f"--mask_replace_prob and --random_replace_prob add up to {replaced:g}, outside (0, 1]"),
+        (final_share <= data.mlm_probability, f"--final_mlm_probability {final_share} is above --mlm_probability"),
         (data.train_file or not data.train_ref_file, "--train_ref_file needs --train_file"),
         (data.validation_file or not data.validation_ref_file, "--validation_ref_file needs --validation_file"),
         (data.line_by_line or not references, "reference files need --line_by_line true"),
@@ -501,7 +506,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
                 desc=f"Tokenizing the {split} data",
             )
         rows = rows.select(range(min(limit or len(rows), len(rows))))
-        tokenized[split] = TokenizedDataset(rows, fixed_masks=split == "validation")
+        tokenized[split] = TokenizedDataset(rows, training_args, fixed_masks=split == "validation")
         log_data(split, len(raw), rows, tokenizer)
     return tokenized
 
@@ -528,27 +533,41 @@ def check_samples(tokenized, training_args):
 
 
 class TokenizedDataset:
-    """Tokenized samples. The key of a sample is `epoch * len(self) + index`, so that its collator knows the epoch.
+    """Tokenized samples. The key of a sample is `place * len(self) + index`; places count the samples of the run.
 
     With `fixed_masks` the epoch is a constant: every evaluation masks the same tokens.
     """
 
-    def __init__(self, dataset, fixed_masks=False):
-        self.dataset = dataset.with_format("arrow")
-        self.fixed_masks = fixed_masks
+    def __init__(self, dataset, args=None, fixed_masks=False):
+        self.dataset, self.args, self.fixed_masks = dataset.with_format("arrow"), args, fixed_masks
 
     def __len__(self):
         return len(self.dataset)
 
+    @property
+    def epoch_size(self):
+        """Samples of an epoch; with `drop_last_step`, without those of an incomplete last step."""
+        size = self.args.global_batch_size if self.args and self.args.drop_last_step else 1
+        return len(self) // size * size
+
+    @property
+    def run_size(self):
+        """Samples of the whole run."""
+        if self.args and self.args.max_steps > 0:
+            return self.args.max_steps * self.args.global_batch_size
+        return math.ceil(self.epoch_size * (self.args.num_train_epochs if self.args else 1))
+
     def __getitems__(self, keys):
-        """Return the samples of a batch: {"input_ids": int [L], "epoch", "index"}, maybe with "continues_word"."""
-        epochs, indices = np.divmod(np.asarray(keys), len(self))
+        """Return the samples: {"input_ids": int [L], "epoch", "index", "progress"}, maybe with "continues_word"."""
+        places, indices = np.divmod(np.asarray(keys), len(self))
+        epochs, progress = places // max(1, self.epoch_size), np.minimum(1, places / max(1, self.run_size))
         table = self.dataset[indices]
         columns = {name: table[name].combine_chunks() for name in table.column_names}
         samples = []
-        for i, (epoch, index) in enumerate(zip(epochs.tolist(), indices.tolist())):
+        for i, (epoch, index, share) in enumerate(zip(epochs.tolist(), indices.tolist(), progress.tolist())):
             sample = {name: column[i].values.to_numpy() for name, column in columns.items()}
-            samples.append({**sample, "epoch": EVAL_EPOCH if self.fixed_masks else epoch, "index": index})
+            epoch = EVAL_EPOCH if self.fixed_masks else epoch
+            samples.append({**sample, "epoch": epoch, "index": index, "progress": share})
         return samples
 
     def __getitem__(self, key):
@@ -619,8 +638,9 @@ class StreamedDataset:
                 order = sample_generator(seed, state["epoch"], ORDER_KEYS + state["row"]).permutation(len(block))
                 if self.args.group_by_length:
                     order = group_by_length(order, lengths, self.args.global_batch_size)
-                for i in order[max(0, self.first - state["first"]) :].tolist():
-                    yield {"epoch": state["epoch"], "index": state["row"] + i, **block[i][1]}
+                for place in range(max(0, self.first - state["first"]), len(block)):
+                    key = {"epoch": state["epoch"], "index": state["row"] + int(order[place])}
+                    yield {**key, "progress": min(1, (state["first"] + place) / len(self)), **block[order[place]][1]}
                 state = {**state, "first": state["first"] + len(block), "row": state["row"] + len(block)}
             if not state["row"]:
                 raise UserError("the train data holds no sample: give more text or lower --max_seq_length")
@@ -650,15 +670,15 @@ def group_by_length(order, lengths, batch_size):
     return np.concatenate([window[np.argsort(-lengths[window], kind="stable")] for window in windows])
 
 
-def epoch_order(dataset, args, seed, epoch):
-    """Return the sample indices of an epoch in training order; with `drop_last_step`, without an incomplete last step.
+def epoch_keys(dataset, seed, epoch):
+    """Return the keys of the samples of an epoch in training order: int64 [`dataset.epoch_size`].
 
     Sorting and dropping go by whole optimizer steps, so they do not depend on how a step is split.
     """
     order = epoch_permutation(seed, epoch, len(dataset))
-    if args.group_by_length:
-        order = group_by_length(order, dataset.lengths, args.global_batch_size)
-    return order[: len(order) // args.global_batch_size * args.global_batch_size] if args.drop_last_step else order
+    if dataset.args.group_by_length:
+        order = group_by_length(order, dataset.lengths, dataset.args.global_batch_size)
+    return (epoch * dataset.epoch_size + np.arange(dataset.epoch_size)) * len(dataset) + order[: dataset.epoch_size]
 
 
 def epoch_permutation(seed, epoch, num_samples):
@@ -738,6 +758,7 @@ class MaskingCollator:
     tokenizer: PreTrainedTokenizerBase
     mlm: bool = True
     mlm_probability: float = 0.15
+    final_mlm_probability: Optional[float] = None
     eval_mlm_probability: Optional[float] = None
     mask_replace_prob: float = 0.8
     random_replace_prob: float = 0.1
@@ -764,10 +785,12 @@ class MaskingCollator:
             batch["attention_mask"][i, place] = sample.get("attention_mask", 1)
         return batch
 
-    def probability(self, epoch):
-        """Return the share of tokens to choose in an epoch."""
-        evaluates = epoch == EVAL_EPOCH and self.eval_mlm_probability is not None
-        return self.eval_mlm_probability if evaluates else self.mlm_probability
+    def probability(self, epoch, progress=0.0):
+        """Return the share of tokens to choose: it falls in training (Ankner et al. 2023); evaluation has its own."""
+        final = self.final_mlm_probability or self.mlm_probability
+        if epoch == EVAL_EPOCH:
+            return self.eval_mlm_probability or final
+        return self.mlm_probability + (final - self.mlm_probability) * progress
 
     def mask(self, sample):
         """Return (inputs, labels), both int32 [L], of a sample {"input_ids", "epoch", "index"}."""
@@ -782,7 +805,7 @@ class MaskingCollator:
             sample_generator(self.seed, epoch, index),
             self.mask_token_id,
             self.vocab_size,
-            self.probability(epoch),
+            self.probability(epoch, sample.get("progress", 0.0)),
             self.mask_replace_prob,
             self.random_replace_prob,
             None if continues_word is None else np.asarray(continues_word, bool),
@@ -794,10 +817,13 @@ class MaskedLMCollator(MaskingCollator, DataCollatorForLanguageModeling):
     """The stock collator with masks that can be reproduced; batches are padded to at least `length`."""
 
     length: int = 0
+    with_positions: bool = False
 
     def __call__(self, examples, return_tensors=None):
-        """Return {"input_ids", "attention_mask", "labels"}, int64 tensors [B, L]."""
+        """Return int64 tensors {"input_ids", "attention_mask", "labels"} [B, L], maybe "positions" [K] in B * L."""
         batch = self.collate(examples, self.pad_to_multiple_of, self.length)
+        if self.with_positions:  # For the sparse head: on a GPU, finding them there would wait for the device.
+            batch["positions"] = np.flatnonzero(batch["labels"] != IGNORED_LABEL)
         return {name: torch.from_numpy(array).long() for name, array in batch.items()}
 
 
@@ -812,6 +838,42 @@ def load_tokenizer(model_args):
     if tokenizer.mask_token is None:
         raise UserError(f"the tokenizer {name} has no mask token; choose another with --tokenizer_name")
     return tokenizer
+
+
+def add_new_tokens(tokenizer, path):
+    """Add the tokens in a file, one a line, that the tokenizer lacks; return {new id: ids of its old pieces}."""
+    if path is None:
+        return {}
+    with user_errors(f"--new_tokens {path}"), open(path, encoding="utf-8-sig") as file:
+        tokens = list(dict.fromkeys(line.strip() for line in file if not line.isspace()))
+    if not tokens:
+        raise UserError(f"--new_tokens {path}: holds no token")
+    pieces, vocabulary = {}, tokenizer.get_vocab()
+    for token in tokens:  # With a space before it, as inside a sentence, the token may be known to a BPE tokenizer.
+        forms = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (token, f" {token}")]
+        known = token in vocabulary or any(len(ids) == 1 and ids[0] != tokenizer.unk_token_id for ids in forms)
+        if forms[0] and not known:
+            pieces[token] = forms[0]
+    tokenizer.add_tokens([transformers.AddedToken(token, single_word=True, lstrip=True) for token in pieces])
+    logger.info(f"new tokens: {len(pieces):,} added, {len(tokens) - len(pieces):,} known")
+    return {tokenizer.convert_tokens_to_ids(token): ids for token, ids in pieces.items()}
+
+
+def set_new_rows(values, size, new_tokens):
+    """Set the rows of new tokens, in the axis of length `size`, to the mean of the rows of their pieces."""
+    if new_tokens and size in values.shape:
+        rows = values.swapaxes(0, values.shape.index(size))
+        for new_id, pieces in new_tokens.items():
+            rows[new_id] = rows[pieces].mean(0)
+
+
+def log_new_tokens(new_tokens, dataset):
+    """Log how many tokens fewer the training text has for the new tokens in it."""
+    if new_tokens and isinstance(dataset, TokenizedDataset):
+        ids = pc.list_flatten(dataset.dataset.data.column("input_ids")).to_numpy()
+        counts = np.bincount(ids, minlength=max(new_tokens) + 1)
+        saved = sum(int(counts[new_id]) * (len(pieces) - 1) for new_id, pieces in new_tokens.items())
+        logger.info(f"new tokens: the training text has {saved:,} tokens fewer ({saved / (len(ids) + saved):.2%})")
 
 
 def load_config(model_args, tokenizer):
@@ -841,26 +903,35 @@ def load_config(model_args, tokenizer):
     return config
 
 
-def load_model(model_args, config, tokenizer):
+def load_model(model_args, config, tokenizer, training_args, new_tokens=None):
     """Return the masked-LM model, pretrained or with random weights, with the vocabulary of the tokenizer."""
-    name = model_args.model_name_or_path
-    with user_errors(f"the model {name or config.model_type}"):
+    name, attention = model_args.model_name_or_path, training_args.attn_implementation
+    options = {"attn_implementation": attention} if attention else {}
+    with user_errors(f"the model {name or config.model_type}"), torch.no_grad():
         if not name:
-            return AutoModelForMaskedLM.from_config(config)
-        if ".ckpt" in name:
+            model = AutoModelForMaskedLM.from_config(config, **options)
+        elif ".ckpt" in name:
             model = load_tensorflow_model(name.removesuffix(".index"), config)
         else:
-            model = AutoModelForMaskedLM.from_pretrained(name, config=config, **model_args.model_options)
-        if model.config.get_text_config().vocab_size == len(tokenizer):
-            return model  # Some models cannot be resized.
-        model.resize_token_embeddings(len(tokenizer))
-        if isinstance(model._tied_weights_keys, dict) and not model.config.tie_word_embeddings:
-            # Transformers 5 leaves the second bias of an untied decoder shared or too short: it could not be loaded.
-            for path in model._tied_weights_keys.values():
-                parent, _, name = path.rpartition(".")
-                if name == "bias":
-                    bias = model.get_output_embeddings().bias.detach().clone()
-                    setattr(model.get_submodule(parent), name, torch.nn.Parameter(bias))
+            model = AutoModelForMaskedLM.from_pretrained(name, config=config, **options, **model_args.model_options)
+        model = resize_vocabulary(model, len(tokenizer))
+        for parameter in model.parameters():
+            set_new_rows(parameter, len(tokenizer), new_tokens)
+    return model
+
+
+def resize_vocabulary(model, size):
+    """Return the model with token embeddings and decoder for `size` tokens."""
+    if model.config.get_text_config().vocab_size == size:
+        return model  # Some models cannot be resized.
+    model.resize_token_embeddings(size)
+    if isinstance(model._tied_weights_keys, dict) and not model.config.tie_word_embeddings:
+        # Transformers 5 leaves the second bias of an untied decoder shared or too short: it could not be loaded.
+        for path in model._tied_weights_keys.values():
+            parent, _, name = path.rpartition(".")
+            if name == "bias":
+                bias = model.get_output_embeddings().bias.detach().clone()
+                setattr(model.get_submodule(parent), name, torch.nn.Parameter(bias))
     return model
 
 
@@ -886,16 +957,14 @@ class EpochSampler(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def __len__(self):
-        size = self.args.global_batch_size
-        return len(self.dataset) // size * size if self.args.drop_last_step else len(self.dataset)
+        return self.dataset.epoch_size
 
     def __iter__(self):
         if isinstance(self.dataset, StreamedDataset):
             yield from itertools.repeat(None, self.dataset.first)  # The Trainer skips these on a resume.
             yield from itertools.islice(self.dataset.samples(self.seed), len(self.dataset) - self.dataset.first)
         else:
-            order = epoch_order(self.dataset, self.args, self.seed, self.epoch)
-            yield from (self.epoch * len(self.dataset) + order).tolist()
+            yield from epoch_keys(self.dataset, self.seed, self.epoch).tolist()
 
 
 def model_inputs(model, batch):
@@ -906,16 +975,16 @@ def model_inputs(model, batch):
 
 @contextlib.contextmanager
 def sparse_head(model, positions, start):
-    """Keep only the hidden states at `positions` (rows [K], columns [K]), as [1, K, H], from a place in `model` on.
+    """Keep only the hidden states at `positions` (flat, [K]), as [1, K, H], from a place in `model` on.
 
     `start` is "encoder": behind the encoder, so that only the head is sparse; or "layer": behind the last attention.
     """
 
     def select_inputs(module, inputs):
-        return tuple(hidden[positions][None] for hidden in inputs)
+        return tuple(hidden.flatten(0, 1)[positions][None] for hidden in inputs)
 
     def select_outputs(module, inputs, output):
-        hidden = output[0][positions][None]
+        hidden = output[0].flatten(0, 1)[positions][None]
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output["last_hidden_state"] = hidden
@@ -942,9 +1011,9 @@ def find_sparse_start(model, collator, max_seq_length):
         ids = np.arange(2 * length).reshape(2, -1) % collator.vocab_size
         batch = {name: value.to(model.device) for name, value in collator([{"input_ids": row} for row in ids]).items()}
         inputs = model_inputs(model, batch)
-        positions = (torch.arange(batch["input_ids"].numel()).view_as(batch["input_ids"]) % 3).nonzero(as_tuple=True)
+        positions = (torch.arange(2 * length, device=model.device) % 3).nonzero()[:, 0]
         with torch.no_grad():
-            dense, sparse = model(**inputs).logits[positions], torch.zeros(0)
+            dense, sparse = model(**inputs).logits.flatten(0, 1)[positions], torch.zeros(0)
             with contextlib.suppress(Exception), sparse_head(model, positions, start):  # Models fail in many ways.
                 sparse = model(**inputs).logits[0]
         if sparse.shape == dense.shape and (sparse - dense).abs().max() <= 1e-3 * dense.abs().max():
@@ -968,14 +1037,15 @@ class MaskedLMTrainer(Trainer):
 
     def masked_logits(self, model, inputs):
         """Return (logits [K, V], labels [K]) at the masked positions."""
-        positions = (inputs["labels"] != IGNORED_LABEL).nonzero(as_tuple=True)
-        labels, unwrapped = inputs["labels"][positions], self.accelerator.unwrap_model(model)
-        inputs = model_inputs(unwrapped, inputs)
+        labels, unwrapped = inputs["labels"].flatten(), self.accelerator.unwrap_model(model)
+        if "positions" not in inputs:  # The collator is not ours.
+            inputs["positions"] = (labels != IGNORED_LABEL).nonzero()[:, 0]
+        positions, inputs = inputs["positions"], model_inputs(unwrapped, inputs)
+        labels = labels[positions]
         if self.sparse_start is None:
-            return model(**inputs).logits[positions], labels
+            return model(**inputs).logits.flatten(0, 1)[positions], labels
         if self.args.torch_compile:
-            for index in positions:
-                torch._dynamo.maybe_mark_dynamic(index, 0)  # Or each K would be compiled.
+            torch._dynamo.maybe_mark_dynamic(positions, 0)  # Or each K would be compiled.
         with sparse_head(unwrapped, positions, self.sparse_start):
             return model(**inputs).logits.flatten(0, 1), labels
 
@@ -1003,10 +1073,11 @@ class MaskedLMTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits, labels = self.masked_logits(model, inputs)
-        masked = inputs["labels"] != IGNORED_LABEL
+        masked, length = inputs["labels"] != IGNORED_LABEL, inputs["labels"].shape[1]
         losses = cross_entropy(logits.float(), labels, reduction="none")
         scores = torch.stack([losses, (logits.argmax(-1) == labels).float()], dim=1)
-        return None, scores.new_zeros(len(masked), 2).index_add_(0, masked.nonzero()[:, 0], scores), masked.sum(1)
+        sums = scores.new_zeros(len(masked), 2).index_add_(0, inputs["positions"] // length, scores)
+        return None, sums, masked.sum(1)
 
     def log(self, logs, *args, **kwargs):
         """Log as the Trainer does, with the tokens per second since the last report."""
@@ -1264,13 +1335,14 @@ def mean_logged_loss(log_history):
 def build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
     """Return the `Trainer`."""
     warn_if_slow(training_args.bf16 and training_args.device.type == "cpu")
-    masking = ("mlm_probability", "eval_mlm_probability", "mask_replace_prob", "random_replace_prob")
+    settings = {name: getattr(data_args, name) for name in MaskingCollator.__annotations__ if hasattr(data_args, name)}
     collator = MaskedLMCollator(
         tokenizer,
-        **{name: getattr(data_args, name) for name in masking},
+        **settings,
         seed=training_args.seed,
         pad_to_multiple_of=8 if training_args.fp16 else None,
         length=max_seq_length if data_args.pad_to_max_length else 0,
+        with_positions=True,
     )
     with user_errors(f"{type(model).__name__} fails on a first batch"):
         sparse_start = None if model_args.dense_head else find_sparse_start(model, collator, max_seq_length)
@@ -1368,18 +1440,20 @@ def main(argv=None):
     with output_lock(training_args), logging_redirect_tqdm():
         step, checkpoint = find_checkpoint(training_args)
         tokenizer = load_tokenizer(model_args)
+        new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)
         config = load_config(model_args, tokenizer)
         max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
         with training_args.main_process_first(desc="tokenizing"):
             raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
             tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
         check_samples(tokenized, training_args)
+        log_new_tokens(new_tokens, tokenized.get("train"))
         if not (training_args.do_train or training_args.do_eval):
             logger.info("The data is tokenized and cached. Give --do_train or --do_eval to use it.")
             return {}
 
         set_seed(training_args.seed)
-        model = load_model(model_args, config, tokenizer)
+        model = load_model(model_args, config, tokenizer, training_args, new_tokens)
         trainer = build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
         metrics = {}
         if training_args.do_train:

@@ -83,7 +83,7 @@ logger = logging.getLogger(__name__)
 MODEL_TYPES = tuple(sorted(config.model_type for config in FLAX_MODEL_FOR_MASKED_LM_MAPPING))
 LINE_BY_LINE_DEFAULT = True  # The documented default of this script: each text is a sample.
 FOREIGN_FILE = "optimizer.pt"  # Marks a checkpoint of the other script.
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay")
 MAX_SHAPES = 6  # Lengths that batches are padded to: each one is a compilation.
 # Arguments by the interval that their values must be in; round brackets exclude the end.
 INTERVALS = {
@@ -92,7 +92,7 @@ INTERVALS = {
     "(0, inf)": "num_train_epochs adam_epsilon logging_steps eval_steps save_steps",
     "[0, inf)": "learning_rate warmup_steps weight_decay max_grad_norm",
     "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor dropout_rate",
-    "(0, 1]": "mlm_probability eval_mlm_probability",
+    "(0, 1]": "mlm_probability final_mlm_probability eval_mlm_probability",
     "[0, 1]": "mask_replace_prob random_replace_prob",
     "[1, 99]": "validation_split_percentage",
     "[0, 4294967295]": "seed",
@@ -139,6 +139,7 @@ class ModelArguments:
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model on the hub.")
     token: Optional[str] = HfArg(default=None, repr=False, help="Hub token, for private models and data sets.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub token stored by `hf auth login`.")
+    new_tokens: Optional[str] = HfArg(default=None, help="File of tokens to add to the tokenizer, one a line.")
     dropout_rate: Optional[float] = HfArg(default=None, help="Every dropout probability of the model.")
     dense_head: bool = HfArg(default=False, help="Compute the vocabulary logits at every position.")
 
@@ -175,7 +176,8 @@ class DataTrainingArguments:
     max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: at most 1024).")
     preprocessing_num_workers: Optional[int] = HfArg(default=None, help="Processes that tokenize.")
     mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
-    eval_mlm_probability: Optional[float] = HfArg(default=None, help="The same share in evaluation.")
+    final_mlm_probability: Optional[float] = HfArg(default=None, help="The same share at the end: it falls linearly.")
+    eval_mlm_probability: Optional[float] = HfArg(default=None, help="The same share in evaluation (default: final).")
     mask_replace_prob: float = HfArg(default=0.8, help="Share of the chosen tokens that become the mask token.")
     random_replace_prob: float = HfArg(default=0.1, help="Share of the chosen tokens that become a random one.")
     whole_word_mask: bool = HfArg(default=False, help="Choose whole words (needs a fast tokenizer).")
@@ -216,6 +218,7 @@ class TrainingArguments:
     lr_scheduler_type: str = HfArg(
         default="constant * linear_warmup * rsqrt_decay", help=f"{', '.join(SCHEDULES)}, or factors joined by *."
     )
+    lr_scheduler_kwargs: Optional[str] = HfArg(default=None, help="JSON: arguments of warmup_stable_decay.")
     warmup_steps: int = HfArg(default=0, help="Steps of linear warmup.")
     label_smoothing_factor: float = HfArg(default=0.0, help="Label smoothing of the training loss.")
     group_by_length: bool = HfArg(default=False, help="Group samples of similar length into batches.")
@@ -239,8 +242,8 @@ class TrainingArguments:
 
     def __post_init__(self):
         self.drop_last_step = self.dataloader_drop_last
-        if self.lr_scheduler_type not in SCHEDULES:
-            create_learning_rate_scheduler(self.lr_scheduler_type)  # Raises a ValueError that names the wrong factor.
+        self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs or "{}")
+        create_schedule(self, num_steps=1)  # Raises an error that says what is wrong.
 
     @property
     def should_log(self):
@@ -319,6 +322,7 @@ def check_args(model_args, data_args, training_args):
     references = data.train_ref_file or data.validation_ref_file
     new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES)
     replaced = data.mask_replace_prob + data.random_replace_prob
+    final_share = data.final_mlm_probability or data.mlm_probability
     requirements = [
         (training.output_dir, "--output_dir is required"),
         (model.model_name_or_path or new_model, "no model: give --model_name_or_path, --config_name or --model_type"),
@@ -328,6 +332,7 @@ def check_args(model_args, data_args, training_args):
         (data.dataset_name or data.train_file or data.validation_file, "no data: give --train_file or --dataset_name"),
         (data.dataset_name or data.train_file or not training.do_train, "--do_train needs --train_file"),
         (0 < replaced <= 1, f"--mask_replace_prob and --random_replace_prob add up to {replaced:g}, outside (0, 1]"),
+        (final_share <= data.mlm_probability, f"--final_mlm_probability {final_share} is above --mlm_probability"),
         (data.train_file or not data.train_ref_file, "--train_ref_file needs --train_file"),
         (data.validation_file or not data.validation_ref_file, "--validation_ref_file needs --validation_file"),
         (data.line_by_line or not references, "reference files need --line_by_line true"),
@@ -531,7 +536,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
                 desc=f"Tokenizing the {split} data",
             )
         rows = rows.select(range(min(limit or len(rows), len(rows))))
-        tokenized[split] = TokenizedDataset(rows, fixed_masks=split == "validation")
+        tokenized[split] = TokenizedDataset(rows, training_args, fixed_masks=split == "validation")
         log_data(split, len(raw), rows, tokenizer)
     return tokenized
 
@@ -558,27 +563,41 @@ def check_samples(tokenized, training_args):
 
 
 class TokenizedDataset:
-    """Tokenized samples. The key of a sample is `epoch * len(self) + index`, so that its collator knows the epoch.
+    """Tokenized samples. The key of a sample is `place * len(self) + index`; places count the samples of the run.
 
     With `fixed_masks` the epoch is a constant: every evaluation masks the same tokens.
     """
 
-    def __init__(self, dataset, fixed_masks=False):
-        self.dataset = dataset.with_format("arrow")
-        self.fixed_masks = fixed_masks
+    def __init__(self, dataset, args=None, fixed_masks=False):
+        self.dataset, self.args, self.fixed_masks = dataset.with_format("arrow"), args, fixed_masks
 
     def __len__(self):
         return len(self.dataset)
 
+    @property
+    def epoch_size(self):
+        """Samples of an epoch; with `drop_last_step`, without those of an incomplete last step."""
+        size = self.args.global_batch_size if self.args and self.args.drop_last_step else 1
+        return len(self) // size * size
+
+    @property
+    def run_size(self):
+        """Samples of the whole run."""
+        if self.args and self.args.max_steps > 0:
+            return self.args.max_steps * self.args.global_batch_size
+        return math.ceil(self.epoch_size * (self.args.num_train_epochs if self.args else 1))
+
     def __getitems__(self, keys):
-        """Return the samples of a batch: {"input_ids": int [L], "epoch", "index"}, maybe with "continues_word"."""
-        epochs, indices = np.divmod(np.asarray(keys), len(self))
+        """Return the samples: {"input_ids": int [L], "epoch", "index", "progress"}, maybe with "continues_word"."""
+        places, indices = np.divmod(np.asarray(keys), len(self))
+        epochs, progress = places // max(1, self.epoch_size), np.minimum(1, places / max(1, self.run_size))
         table = self.dataset[indices]
         columns = {name: table[name].combine_chunks() for name in table.column_names}
         samples = []
-        for i, (epoch, index) in enumerate(zip(epochs.tolist(), indices.tolist())):
+        for i, (epoch, index, share) in enumerate(zip(epochs.tolist(), indices.tolist(), progress.tolist())):
             sample = {name: column[i].values.to_numpy() for name, column in columns.items()}
-            samples.append({**sample, "epoch": EVAL_EPOCH if self.fixed_masks else epoch, "index": index})
+            epoch = EVAL_EPOCH if self.fixed_masks else epoch
+            samples.append({**sample, "epoch": epoch, "index": index, "progress": share})
         return samples
 
     def __getitem__(self, key):
@@ -649,8 +668,9 @@ class StreamedDataset:
                 order = sample_generator(seed, state["epoch"], ORDER_KEYS + state["row"]).permutation(len(block))
                 if self.args.group_by_length:
                     order = group_by_length(order, lengths, self.args.global_batch_size)
-                for i in order[max(0, self.first - state["first"]) :].tolist():
-                    yield {"epoch": state["epoch"], "index": state["row"] + i, **block[i][1]}
+                for place in range(max(0, self.first - state["first"]), len(block)):
+                    key = {"epoch": state["epoch"], "index": state["row"] + int(order[place])}
+                    yield {**key, "progress": min(1, (state["first"] + place) / len(self)), **block[order[place]][1]}
                 state = {**state, "first": state["first"] + len(block), "row": state["row"] + len(block)}
             if not state["row"]:
                 raise UserError("the train data holds no sample: give more text or lower --max_seq_length")
@@ -680,15 +700,15 @@ def group_by_length(order, lengths, batch_size):
     return np.concatenate([window[np.argsort(-lengths[window], kind="stable")] for window in windows])
 
 
-def epoch_order(dataset, args, seed, epoch):
-    """Return the sample indices of an epoch in training order; with `drop_last_step`, without an incomplete last step.
+def epoch_keys(dataset, seed, epoch):
+    """Return the keys of the samples of an epoch in training order: int64 [`dataset.epoch_size`].
 
     Sorting and dropping go by whole optimizer steps, so they do not depend on how a step is split.
     """
     order = epoch_permutation(seed, epoch, len(dataset))
-    if args.group_by_length:
-        order = group_by_length(order, dataset.lengths, args.global_batch_size)
-    return order[: len(order) // args.global_batch_size * args.global_batch_size] if args.drop_last_step else order
+    if dataset.args.group_by_length:
+        order = group_by_length(order, dataset.lengths, dataset.args.global_batch_size)
+    return (epoch * dataset.epoch_size + np.arange(dataset.epoch_size)) * len(dataset) + order[: dataset.epoch_size]
 
 
 def epoch_permutation(seed, epoch, num_samples):
@@ -746,6 +766,7 @@ class MaskingCollator:
     tokenizer: PreTrainedTokenizerBase
     mlm: bool = True
     mlm_probability: float = 0.15
+    final_mlm_probability: Optional[float] = None
     eval_mlm_probability: Optional[float] = None
     mask_replace_prob: float = 0.8
     random_replace_prob: float = 0.1
@@ -772,10 +793,12 @@ class MaskingCollator:
             batch["attention_mask"][i, place] = sample.get("attention_mask", 1)
         return batch
 
-    def probability(self, epoch):
-        """Return the share of tokens to choose in an epoch."""
-        evaluates = epoch == EVAL_EPOCH and self.eval_mlm_probability is not None
-        return self.eval_mlm_probability if evaluates else self.mlm_probability
+    def probability(self, epoch, progress=0.0):
+        """Return the share of tokens to choose: it falls in training (Ankner et al. 2023); evaluation has its own."""
+        final = self.final_mlm_probability or self.mlm_probability
+        if epoch == EVAL_EPOCH:
+            return self.eval_mlm_probability or final
+        return self.mlm_probability + (final - self.mlm_probability) * progress
 
     def mask(self, sample):
         """Return (inputs, labels), both int32 [L], of a sample {"input_ids", "epoch", "index"}."""
@@ -790,7 +813,7 @@ class MaskingCollator:
             sample_generator(self.seed, epoch, index),
             self.mask_token_id,
             self.vocab_size,
-            self.probability(epoch),
+            self.probability(epoch, sample.get("progress", 0.0)),
             self.mask_replace_prob,
             self.random_replace_prob,
             None if continues_word is None else np.asarray(continues_word, bool),
@@ -824,6 +847,42 @@ def load_tokenizer(model_args):
     return tokenizer
 
 
+def add_new_tokens(tokenizer, path):
+    """Add the tokens in a file, one a line, that the tokenizer lacks; return {new id: ids of its old pieces}."""
+    if path is None:
+        return {}
+    with user_errors(f"--new_tokens {path}"), open(path, encoding="utf-8-sig") as file:
+        tokens = list(dict.fromkeys(line.strip() for line in file if not line.isspace()))
+    if not tokens:
+        raise UserError(f"--new_tokens {path}: holds no token")
+    pieces, vocabulary = {}, tokenizer.get_vocab()
+    for token in tokens:  # With a space before it, as inside a sentence, the token may be known to a BPE tokenizer.
+        forms = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (token, f" {token}")]
+        known = token in vocabulary or any(len(ids) == 1 and ids[0] != tokenizer.unk_token_id for ids in forms)
+        if forms[0] and not known:
+            pieces[token] = forms[0]
+    tokenizer.add_tokens([transformers.AddedToken(token, single_word=True, lstrip=True) for token in pieces])
+    logger.info(f"new tokens: {len(pieces):,} added, {len(tokens) - len(pieces):,} known")
+    return {tokenizer.convert_tokens_to_ids(token): ids for token, ids in pieces.items()}
+
+
+def set_new_rows(values, size, new_tokens):
+    """Set the rows of new tokens, in the axis of length `size`, to the mean of the rows of their pieces."""
+    if new_tokens and size in values.shape:
+        rows = values.swapaxes(0, values.shape.index(size))
+        for new_id, pieces in new_tokens.items():
+            rows[new_id] = rows[pieces].mean(0)
+
+
+def log_new_tokens(new_tokens, dataset):
+    """Log how many tokens fewer the training text has for the new tokens in it."""
+    if new_tokens and isinstance(dataset, TokenizedDataset):
+        ids = pc.list_flatten(dataset.dataset.data.column("input_ids")).to_numpy()
+        counts = np.bincount(ids, minlength=max(new_tokens) + 1)
+        saved = sum(int(counts[new_id]) * (len(pieces) - 1) for new_id, pieces in new_tokens.items())
+        logger.info(f"new tokens: the training text has {saved:,} tokens fewer ({saved / (len(ids) + saved):.2%})")
+
+
 def load_config(model_args, tokenizer):
     """Return the configuration: the model's own, or of a new model that fits the tokenizer, with all overrides."""
     name = model_args.config_name or model_args.model_name_or_path
@@ -851,19 +910,25 @@ def load_config(model_args, tokenizer):
     return config
 
 
-def load_model(model_args, config, tokenizer, training_args, checkpoint=None):
+def load_model(model_args, config, tokenizer, training_args, new_tokens=None, checkpoint=None):
     """Return the masked-LM model: that of a checkpoint, pretrained, or with random weights; it fits the tokenizer."""
     name = checkpoint or model_args.model_name_or_path
     options = {"dtype": jnp.bfloat16 if training_args.bf16 else jnp.float32, "seed": training_args.seed}
     if checkpoint:
         config.vocab_size = len(tokenizer)  # The model was resized before it was saved.
     with user_errors(f"the model {name or config.model_type}"):
-        if not name:
-            return FlaxAutoModelForMaskedLM.from_config(config, **options)
-        if ".ckpt" in name:
+        if name and ".ckpt" in name:
             raise UserError(f"--model_name_or_path {name}: TensorFlow checkpoints are read by run_mlm.py only")
-        model = FlaxAutoModelForMaskedLM.from_pretrained(name, config=config, **options, **model_args.model_options)
-        return resize_vocabulary(model, len(tokenizer))
+        if name:
+            model = FlaxAutoModelForMaskedLM.from_pretrained(name, config=config, **options, **model_args.model_options)
+            model = resize_vocabulary(model, len(tokenizer))
+        else:
+            model = FlaxAutoModelForMaskedLM.from_config(config, **options)
+        if new_tokens and not checkpoint:
+            model.params = jax.tree.map(np.array, model.params)
+            for values in jax.tree.leaves(model.params):
+                set_new_rows(values, len(tokenizer), new_tokens)
+        return model
 
 
 def resize_vocabulary(model, size):
@@ -928,10 +993,29 @@ def create_learning_rate_scheduler(
     return lambda step: jnp.asarray(math.prod(known[name](step) for name in names), jnp.float32)
 
 
+def warmup_stable_decay(rate, warmup, num_steps, num_decay_steps, decay_type="cosine", min_lr_ratio=0.0):
+    """Return step -> learning rate: warmup, a constant rate, a decay at the end (Transformers, `get_wsd_schedule`)."""
+    if decay_type not in ("linear", "cosine", "1-sqrt"):
+        raise ValueError(f"decay_type {decay_type} is not linear, cosine or 1-sqrt")
+
+    def schedule(step):
+        done = jnp.clip((step - num_steps + num_decay_steps) / max(1, num_decay_steps), 0, 1)
+        decay = {"linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2, "1-sqrt": 1 - jnp.sqrt(done)}
+        factor = jnp.where(step < warmup, step / max(1, warmup), decay[decay_type])
+        return rate * (min_lr_ratio + (1 - min_lr_ratio) * factor)
+
+    return schedule
+
+
 def create_schedule(args, num_steps):
     """Return step -> learning rate for `lr_scheduler_type`: factors, or the Trainer's schedule of that name."""
     rate, warmup, name = args.learning_rate, args.warmup_steps, args.lr_scheduler_type
     timescale = warmup or 10_000
+    if name == "warmup_stable_decay":
+        with user_errors("--lr_scheduler_kwargs"):
+            return warmup_stable_decay(rate, warmup, num_steps, **args.lr_scheduler_kwargs)
+    if args.lr_scheduler_kwargs:
+        raise UserError("--lr_scheduler_kwargs is for warmup_stable_decay only")
     schedules = {
         "linear": optax.linear_schedule(rate, 0.0, max(1, num_steps - warmup)),
         "cosine": optax.cosine_decay_schedule(rate, max(1, num_steps - warmup)),
@@ -1360,10 +1444,6 @@ class Run:
         """{"epoch": passes over the training data so far}, or {} without training."""
         return {"epoch": self.step / self.steps_per_epoch} if self.args.do_train else {}
 
-    def start_timer(self):
-        """Measure `tokens_per_second` from here."""
-        self.timer = self.step, time.perf_counter()
-
     def log(self, logs):
         """Record values in the history and on the charts, under the Trainer's names."""
         logs = {**logs, **self.epoch}
@@ -1400,8 +1480,7 @@ class Run:
 def build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
     """Return the `Run`."""
     warn_if_slow(training_args.bf16 and jax.default_backend() == "cpu")
-    masking = ("mlm_probability", "eval_mlm_probability", "mask_replace_prob", "random_replace_prob")
-    settings = {name: getattr(data_args, name) for name in masking}
+    settings = {name: getattr(data_args, name) for name in MaskingCollator.__annotations__ if hasattr(data_args, name)}
     collator = FlaxDataCollatorForLanguageModeling(tokenizer, seed=training_args.seed, **settings)
     with user_errors(f"{type(model).__name__} fails on a first batch"):
         sparse_start = None if model_args.dense_head else find_sparse_start(model, collator, max_seq_length)
@@ -1419,10 +1498,9 @@ def training_batches(run):
         yield from iter(lambda: list(itertools.islice(samples, args.global_batch_size)), [])
     first_epoch, done = divmod(run.step, run.steps_per_epoch)
     for epoch in itertools.count(first_epoch):
-        order = epoch_order(dataset, args, args.seed, epoch)
-        batches = generate_batch_splits(order, args.global_batch_size, drop_last=False)
-        for batch in batches[done if epoch == first_epoch else 0 :]:
-            yield epoch * len(dataset) + batch
+        keys = epoch_keys(dataset, args.seed, epoch)
+        batches = generate_batch_splits(keys, args.global_batch_size, drop_last=False)
+        yield from batches[done if epoch == first_epoch else 0 :]
 
 
 def create_training_state(run, schedule, checkpoint):
@@ -1473,7 +1551,7 @@ def train(run, step, checkpoint):
         functools.partial(training_step, label_smoothing=args.label_smoothing_factor), "batch", donate_argnums=(0, 2)
     )
     losses = []
-    run.start_timer()
+    run.timer = run.step, time.perf_counter()
     with StopSignals() as signals:
         keys = itertools.islice(training_batches(run), run.num_steps - run.step)
         for step_keys in tqdm(keys, "Training", run.num_steps, initial=run.step, disable=not args.should_log):
@@ -1544,7 +1622,7 @@ def log_losses(run, losses, grad_norm, schedule):
     logs["learning_rate"] = float(schedule(run.step - 1))
     logs["tokens_per_second"] = round(run.tokenized["train"].tokens_per_sample * samples / seconds)
     run.log(logs)
-    run.start_timer()
+    run.timer = run.step, time.perf_counter()
 
 
 def evaluate(run, params):
@@ -1560,7 +1638,7 @@ def evaluate(run, params):
     metrics = {f"eval_{name}": value for name, value in metrics.items()}
     metrics |= speed_metrics("eval", start, len(dataset), len(batches))
     run.log(metrics)
-    run.start_timer()
+    run.timer = run.step, time.perf_counter()
     metrics["perplexity"] = metrics.pop("eval_perplexity")
     return {**metrics, **run.epoch, "eval_samples": len(dataset)}
 
@@ -1594,7 +1672,7 @@ def save_checkpoint(run, optimizer, dropout_rngs):
             for _, path in list_checkpoints(args.output_dir)[: -args.save_total_limit] if args.save_total_limit else ():
                 shutil.rmtree(path)
         logger.info(f"Saved {folder}.")
-    run.start_timer()
+    run.timer = run.step, time.perf_counter()
 
 
 def trainer_state(run):
@@ -1666,17 +1744,19 @@ def main(argv=None):
     with output_lock(training_args), logging_redirect_tqdm():
         step, checkpoint = find_checkpoint(training_args)
         tokenizer = load_tokenizer(model_args)
+        new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)
         config = load_config(model_args, tokenizer)
         max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
         with main_process_first("tokenizing"):
             raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
             tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
         check_samples(tokenized, training_args)
+        log_new_tokens(new_tokens, tokenized.get("train"))
         if not (training_args.do_train or training_args.do_eval):
             logger.info("The data is tokenized and cached. Give --do_train or --do_eval to use it.")
             return {}
 
-        model = load_model(model_args, config, tokenizer, training_args, checkpoint)
+        model = load_model(model_args, config, tokenizer, training_args, new_tokens, checkpoint)
         run = build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
         params, metrics = None, {}
         if training_args.do_train:

@@ -66,6 +66,7 @@ WORDS = (
     "the a baker farmer teacher sailor child bakes grows reads sails sees bread corn books boats dogs old new small "
     "big and in on near house field school harbour every morning evening slowly quickly ."
 ).split()
+RARE = "the baker zigzags over wobbly gravel and a sailor yawns"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -173,6 +174,27 @@ def make_byte_level_tokenizer(folder):
     )
     tokenizer.save_pretrained(folder)
     return tokenizer
+
+
+def make_unigram(splitting, used, decoder):
+    """Return a SentencePiece-like tokenizer with BERT's special tokens, trained on the words of the tiny sentences.
+
+    `splitting` is the pre-tokenizer of its training, `used` that of its use.
+    """
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    special["mask_token"] = "[MASK]"
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    backend.pre_tokenizer, backend.decoder = splitting, decoder
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=150, special_tokens=list(special.values()), unk_token="[UNK]", initial_alphabet=letters
+    )
+    trainer.show_progress = False
+    backend.train_from_iterator([*sentences(300), RARE], trainer)
+    backend.pre_tokenizer = used
+    ends = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
+    backend.post_processor = tokenizers.processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **special)
 
 
 def make_config(model_type, tokenizer, **changes):

@@ -14,10 +14,10 @@ LAYERS = 2
 LOAD = """
 import sys, run_mlm
 *line, folder = sys.argv[1:]
-model_args, _, _ = run_mlm.parse_args(line)
+model_args, _, training_args = run_mlm.parse_args(line)
 tokenizer = run_mlm.load_tokenizer(model_args)
 config = run_mlm.load_config(model_args, tokenizer)
-run_mlm.load_model(model_args, config, tokenizer).save_pretrained(folder)
+run_mlm.load_model(model_args, config, tokenizer, training_args).save_pretrained(folder)
 """
 
 

@@ -390,7 +390,51 @@ DATA = [
         ["no sample"],
     ),
 ]
-MISTAKES = [*ARGUMENTS, *NUMBERS, *CONFIGS, *FILES, *MODELS, *DATA]
+DECAY = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0}
+ADAPTATION = [
+    Mistake("no new tokens", lambda place: {"new_tokens": "none.txt"}, ["--new_tokens none.txt", "No such file"]),
+    Mistake(
+        "empty new tokens",
+        lambda place: {"new_tokens": place.file("new.txt", " \n\n")},
+        ["--new_tokens ", "new.txt", "no token"],
+    ),
+    Mistake(
+        "new tokens not UTF-8",
+        lambda place: {"new_tokens": place.file("new.txt", b"caf\xe9\n")},
+        ["--new_tokens ", "new.txt", "utf-8"],
+    ),
+    Mistake(
+        "rising share",
+        lambda place: {"final_mlm_probability": 0.3},
+        ["--final_mlm_probability 0.3", "above --mlm_probability"],
+    ),
+    number("final_mlm_probability", 0),
+    number("final_mlm_probability", 1.5),
+    Mistake(
+        "unknown argument of a schedule",
+        lambda place: {**DECAY, "lr_scheduler_kwargs": '{"num_decay_steps": 1, "decay_steps": 2}'},
+        ["--lr_scheduler_", "decay_steps"],
+    ),
+    Mistake(
+        "unknown decay",
+        lambda place: {**DECAY, "lr_scheduler_kwargs": '{"num_decay_steps": 1, "decay_type": "sudden"}'},
+        ["--lr_scheduler_", "sudden"],
+    ),
+    Mistake("no decay steps", lambda place: DECAY, ["--lr_scheduler_", "num_decay_steps"]),
+    Mistake(
+        "arguments of another schedule",
+        lambda place: {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": '{"num_decay_steps": 1}'},
+        ["num_decay_steps", "linear"],
+        TORCH,
+    ),
+    Mistake(
+        "arguments of another schedule",
+        lambda place: {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": '{"num_decay_steps": 1}'},
+        ["--lr_scheduler_kwargs", "warmup_stable_decay only"],
+        FLAX,
+    ),
+]
+MISTAKES = [*ARGUMENTS, *NUMBERS, *CONFIGS, *FILES, *MODELS, *DATA, *ADAPTATION]
 # Started as programs, once by each script.
 SAMPLE = ("unknown key", "corrupt weights", "malformed lines")
 

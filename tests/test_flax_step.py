@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import math
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -407,14 +408,31 @@ def test_an_unknown_factor_is_named(factors):
     assert repr(factors) in str(error.value)
 
 
+NAMED = [(name, {}) for name in ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")]
+NAMED += [
+    ("warmup_stable_decay", {"num_decay_steps": 9}),
+    ("warmup_stable_decay", {"num_decay_steps": 9, "decay_type": "linear", "min_lr_ratio": 0.1}),
+    ("warmup_stable_decay", {"num_decay_steps": 1, "decay_type": "1-sqrt"}),
+    ("warmup_stable_decay", {"num_decay_steps": 38, "decay_type": "cosine", "min_lr_ratio": 0.2}),
+]
+
+
 @pytest.mark.parametrize("warmup", [0, 1, 7])
-@pytest.mark.parametrize("name", run_mlm_flax.SCHEDULES)
-def test_named_schedules_are_the_trainers_at_every_step(name, warmup):
-    args = SimpleNamespace(learning_rate=3e-4, warmup_steps=warmup, lr_scheduler_type=name)
-    ours = run_mlm_flax.create_schedule(args, 40)
+@pytest.mark.parametrize(("name", "settings"), NAMED)
+def test_named_schedules_are_the_trainers_at_every_step(name, settings, warmup):
+    given = flags(learning_rate=3e-4, warmup_steps=warmup, lr_scheduler_type=name)
+    given += flags(lr_scheduler_kwargs=json.dumps(settings)) if settings else []
+    needed = flags(model_name_or_path="m", output_dir="o", train_file="t.txt")
+    ours = run_mlm_flax.create_schedule(run_mlm_flax.parse_args(needed + given)[2], 40)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
-    stock = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=40)
-    for step in range(40):
-        assert float(ours(step)) == pytest.approx(stock.get_last_lr()[0], rel=1e-5, abs=1e-10)
+    stock = transformers.get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=40, scheduler_specific_kwargs=settings
+    )
+    for step in range(41):
+        assert float(ours(step)) == pytest.approx(stock.get_last_lr()[0], rel=1e-5, abs=1e-10), step
         optimizer.step()
         stock.step()
+
+
+def test_every_named_schedule_is_compared():
+    assert {name for name, _ in NAMED} == set(run_mlm_flax.SCHEDULES)

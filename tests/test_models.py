@@ -43,8 +43,8 @@ def load(script, **settings):
     needed = flags(output_dir="unused", train_file=__file__)
     model_args, _, training_args = script.parse_args(needed + flags(**settings))
     tokenizer = script.load_tokenizer(model_args)
-    more = [training_args] if script.__name__ == "run_mlm_flax" else []
-    return script.load_model(model_args, script.load_config(model_args, tokenizer), tokenizer, *more), tokenizer
+    config = script.load_config(model_args, tokenizer)
+    return script.load_model(model_args, config, tokenizer, training_args), tokenizer
 
 
 def weights(script, model):

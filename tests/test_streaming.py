@@ -93,7 +93,7 @@ def test_each_pass_has_the_rows_of_the_data_set(script, tokenizer, files, settin
         samples = take(stream, 2 * len(rows))
         passes = samples[: len(rows)], samples[len(rows) :]
         for epoch, part in enumerate(passes):
-            assert sorted(part) == [content(rows[epoch * len(rows) + i]) for i in range(len(rows))]
+            assert sorted(part) == [content(rows[epoch * rows.epoch_size * len(rows) + i]) for i in range(len(rows))]
         orders = [[index for _, index, *_ in part] for part in passes]
         assert len({tuple(order) for order in [*orders, range(len(rows))]}) == 3
         for order in orders:  # Whole blocks, one after the other.

@@ -6,36 +6,23 @@ import math
 
 import numpy as np
 import pytest
-import tokenizers
 import transformers
-from conftest import ROOT, flags, make_byte_level_tokenizer, make_tokenizer, sentences, slow_tokenizers, write_lines
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from conftest import (
+    RARE,
+    ROOT,
+    flags,
+    make_byte_level_tokenizer,
+    make_tokenizer,
+    make_unigram,
+    sentences,
+    slow_tokenizers,
+    write_lines,
+)
+from tokenizers import decoders, pre_tokenizers
 
 pytestmark = pytest.mark.shared
 LENGTH = 16
 KINDS = ("wordpiece", "byte_level", "unigram")
-RARE = "the baker zigzags over wobbly gravel and a sailor yawns"
-
-
-def make_unigram(splitting, used, decoder):
-    """Return a SentencePiece-like tokenizer with BERT's special tokens, trained on the words of the tiny sentences.
-
-    `splitting` is the pre-tokenizer of its training, `used` that of its use.
-    """
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    special["mask_token"] = "[MASK]"
-    backend = tokenizers.Tokenizer(models.Unigram())
-    backend.pre_tokenizer, backend.decoder = splitting, decoder
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    trainer = trainers.UnigramTrainer(
-        vocab_size=150, special_tokens=list(special.values()), unk_token="[UNK]", initial_alphabet=letters
-    )
-    trainer.show_progress = False
-    backend.train_from_iterator([*sentences(300), RARE], trainer)
-    backend.pre_tokenizer = used
-    ends = [(name, backend.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-    backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=64, **special)
 
 
 @pytest.fixture

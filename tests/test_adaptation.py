@@ -1,0 +1,239 @@
+"""What adapts a model to a domain: new words, a share of masks that falls, a schedule whose end can be run again."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import transformers
+from conftest import (
+    INSTALLED,
+    flags,
+    history,
+    make_config,
+    make_model,
+    make_unigram,
+    optional_module,
+    read_json,
+    save_model,
+    sentences,
+    set_up,
+    weights,
+    write_lines,
+)
+from safetensors.numpy import load_file
+from tokenizers import decoders, pre_tokenizers
+
+run_mlm = optional_module("run_mlm")
+run_mlm_flax = optional_module("run_mlm_flax")
+LENGTH = 16
+NEW = ["sunflower", "windmill"]
+
+
+def make_folder(folder, kind, **changes):
+    """Write a model of one layer with a tokenizer of a kind, and return the folder as a string."""
+    if kind == "wordpiece":
+        return make_model(folder, num_hidden_layers=1, **changes)
+    if kind == "byte-level BPE":
+        return make_model(folder, "roberta", num_hidden_layers=1, **changes)
+    folder.mkdir()
+    tokenizer = make_unigram(pre_tokenizers.Metaspace(), pre_tokenizers.Metaspace(), decoders.Metaspace())
+    tokenizer.save_pretrained(folder)
+    config = make_config("bert", tokenizer, num_hidden_layers=1, **changes)
+    save_model(folder, config, seed=0)
+    return str(folder)
+
+
+def job(folder, tmp_path, **changes):
+    """Return the command line of a run of two steps on text with new words."""
+    lines = [f"the {NEW[i % 2]} near the old {NEW[i % 3 % 2]} sees {line}" for i, line in enumerate(sentences(40))]
+    settings = {"model_name_or_path": folder, "output_dir": tmp_path / "output", "do_train": True, "max_steps": 2}
+    settings |= {"train_file": write_lines(tmp_path / "train.txt", lines), "line_by_line": "true", "logging_steps": 1}
+    settings |= {"validation_file": write_lines(tmp_path / "validation.txt", lines[:5]), "max_seq_length": LENGTH}
+    settings |= {"new_tokens": write_lines(tmp_path / "new.txt", [NEW[0], "", "a", NEW[1], f" {NEW[0]} "])}
+    settings |= {"learning_rate": 1e-3, "lr_scheduler_type": "constant", "train_batch_size": 4, "dropout_rate": 0}
+    return flags(**{name: value for name, value in (settings | changes).items() if value is not None})
+
+
+def initial_weights(script, arguments):
+    """Return the weights that a run would start from, under their PyTorch names."""
+    run = set_up(script, arguments)
+    if script.__name__ == "run_mlm":
+        return {name: value.numpy() for name, value in run.model.state_dict().items()}
+    return script.pytorch_weights(run.model.params)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte-level BPE", "SentencePiece"])
+def test_a_new_token_starts_as_the_mean_of_its_pieces(script, tmp_path, kind):
+    folder = make_folder(tmp_path / "model", kind, tie_word_embeddings=False)
+    before, tokenizer = load_file(f"{folder}/model.safetensors"), transformers.AutoTokenizer.from_pretrained(folder)
+    after = initial_weights(script, job(folder, tmp_path))
+    pieces = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in NEW]
+    assert all(len(ids) > 1 for ids in pieces)
+    changed = {name for name, old in before.items() if len(after[name]) != len(old)}
+    assert {name.split(".")[-1] for name in changed} == {"weight", "bias"} and len(changed) >= 3
+    for name in changed:
+        assert len(after[name]) == len(tokenizer) + 2
+        np.testing.assert_array_equal(after[name][:-2], before[name])
+        expected = [before[name][ids].mean(axis=0) for ids in pieces]
+        np.testing.assert_allclose(after[name][-2:], expected, atol=1e-6)
+
+
+def test_new_tokens_of_a_new_model(script, tmp_path):
+    folder = make_folder(tmp_path / "model", "wordpiece")
+    changes = {"model_name_or_path": None, "config_name": folder, "tokenizer_name": folder}
+    rows = initial_weights(script, job(folder, tmp_path, **changes))["bert.embeddings.word_embeddings.weight"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    for row, token in zip(rows[-2:], NEW):
+        np.testing.assert_allclose(
+            row, rows[tokenizer(token, add_special_tokens=False)["input_ids"]].mean(0), atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "byte-level BPE", "SentencePiece"])
+def test_the_log_counts_and_the_saved_tokenizer_has_them(script, tmp_path, caplog, kind):
+    folder = make_folder(tmp_path / "model", kind)
+    script.main(job(folder, tmp_path, max_seq_length=60))
+    assert "new tokens: 2 added, 1 known" in caplog.text
+    old, new = (transformers.AutoTokenizer.from_pretrained(each) for each in (folder, tmp_path / "output"))
+    lines = (tmp_path / "train.txt").read_text().splitlines()
+    counts = [sum(len(tokenizer(line)["input_ids"]) for line in lines) for tokenizer in (old, new)]
+    if kind == "wordpiece":  # Elsewhere, a word is split in another way after a space than alone.
+        saved = counts[0] - counts[1]
+        assert f"the training text has {saved:,} tokens fewer ({saved / counts[0]:.2%})" in caplog.text
+    assert "tokens fewer (" in caplog.text and counts[1] < counts[0]
+    ids = new("a sunflower and windmills", add_special_tokens=False)["input_ids"]
+    tokens = new.convert_ids_to_tokens(ids)
+    assert NEW[0] in tokens and NEW[1] not in tokens  # Whole words alone.
+    assert new.unk_token_id not in ids
+
+
+def test_a_resumed_run_adds_nothing_twice(script, tmp_path):
+    folder = make_folder(tmp_path / "model", "wordpiece")
+    script.main(job(folder, tmp_path))
+    script.main(job(folder, tmp_path, max_steps=4))
+    script.main(job(folder, tmp_path, max_steps=4, output_dir=tmp_path / "whole"))
+    assert weights(tmp_path / "output") == weights(tmp_path / "whole")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "output")
+    assert len(tokenizer) == len(transformers.AutoTokenizer.from_pretrained(folder)) + 2
+    # The adapted model as the start of another run: all are known.
+    again = initial_weights(script, job(tmp_path / "output", tmp_path, output_dir=tmp_path / "again"))
+    saved = load_file(tmp_path / "output" / "model.safetensors")
+    for name, value in saved.items():
+        np.testing.assert_array_equal(again[name], value)
+
+
+def shares(batches):
+    """Return the share of labels among the tokens of each batch."""
+    return [(labels >= 0).sum() / attended.sum() for labels, attended in batches]
+
+
+def steps_of(script, arguments):
+    """Return (labels, attention_mask) of the samples of each step of the run's own loop."""
+    run = set_up(script, arguments)
+    if script is run_mlm:
+        steps = []
+        for epoch in range(3):
+            loader = run.get_train_dataloader()
+            loader.set_epoch(epoch)
+            steps += [(batch["labels"].numpy(), batch["attention_mask"].numpy()) for batch in loader]
+            if isinstance(run.train_dataset, script.StreamedDataset):
+                break
+        return steps[: run.args.max_steps]
+    keys, run.sparse_start = script.training_batches(run), None
+    batches = [run.batch(run.tokenized["train"], next(keys), run.args.train_batch_size) for _ in range(run.num_steps)]
+    return [tuple(batch[name][0, 0] for name in ("labels", "attention_mask")) for batch in batches]
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_the_share_of_masks_falls_with_the_place_in_the_run(tmp_path, streaming):
+    folder = make_folder(tmp_path / "model", "wordpiece")
+    path = write_lines(tmp_path / "text.txt", sentences(160))
+    settings = {"new_tokens": None, "train_file": path, "train_batch_size": 8, "max_steps": 40, "streaming": streaming}
+    settings |= {"mlm_probability": 0.6, "final_mlm_probability": 0.2, "shuffle_buffer_size": 50}
+    steps = [steps_of(importlib.import_module(name), job(folder, tmp_path, **settings)) for name in INSTALLED]
+    for one, other in zip(steps[0], steps[-1], strict=True):
+        assert sorted(map(bytes, one[0][one[0] >= 0])) == sorted(
+            map(bytes, other[0][other[0] >= 0].astype(one[0].dtype))
+        )
+    found = np.array(shares(steps[0]))
+    expected = 0.6 - 0.4 * np.arange(40) / 40
+    special = 2 / 12  # Tokens of a sample that are never chosen.
+    slope, start = np.polyfit(np.arange(40), found / (1 - special), 1)
+    assert (start, start + 40 * slope) == (pytest.approx(0.6, abs=0.08), pytest.approx(0.2, abs=0.08))
+    assert np.corrcoef(found, expected)[0, 1] > 0.8
+
+
+def test_evaluation_has_the_final_share_or_its_own(script, tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(make_folder(tmp_path / "model", "wordpiece"))
+    row = np.full(20_000, 50, np.int32)
+    for more, evaluation in (({}, 0.1), ({"eval_mlm_probability": 0.5}, 0.5)):
+        collator = script.MaskingCollator(tokenizer, mlm_probability=0.3, final_mlm_probability=0.1, **more)
+        for epoch, progress, share in ((0, 0, 0.3), (7, 0.5, 0.2), (9, 1, 0.1), (script.EVAL_EPOCH, 0, evaluation)):
+            _, labels = collator.mask({"input_ids": row, "epoch": epoch, "index": 3, "progress": progress})
+            assert (labels >= 0).mean() == pytest.approx(share, rel=0.1)
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_a_falling_share_is_resumed_bit_by_bit(script, tmp_path, streaming):
+    folder = make_folder(tmp_path / "model", "wordpiece")
+    settings = {"mlm_probability": 0.5, "final_mlm_probability": 0.1, "max_steps": 14, "save_steps": 9}
+    settings |= {"streaming": streaming, "shuffle_buffer_size": 30, "dropout_rate": 0.1}
+    script.main(job(folder, tmp_path, output_dir=tmp_path / "whole", **settings))
+    named = {"resume_from_checkpoint": tmp_path / "whole" / "checkpoint-9"}
+    script.main(job(folder, tmp_path, **settings, **named))
+    assert history(tmp_path / "output") == history(tmp_path / "whole")
+    assert weights(tmp_path / "output") == weights(tmp_path / "whole")
+
+
+@pytest.mark.flax
+def test_a_falling_share_compiles_nothing_anew(tmp_path):
+    settings = {"mlm_probability": 0.5, "final_mlm_probability": 0.1, "max_steps": 30, "line_by_line": "false"}
+    run = set_up(run_mlm_flax, job(make_folder(tmp_path / "model", "wordpiece"), tmp_path, **settings))
+    keys = run_mlm_flax.training_batches(run)
+    batches = [run.batch(run.tokenized["train"], next(keys), 4) for _ in range(run.num_steps)]
+    assert len({tuple(array.shape for array in batch.values()) for batch in batches}) == 1
+    counts = [(batch["labels"] >= 0).sum() for batch in batches]
+    assert np.mean(counts[:5]) > 2 * np.mean(counts[-5:])
+
+
+def test_a_stable_phase_branches_into_a_decay(script, tmp_path):
+    folder, rate = make_folder(tmp_path / "model", "wordpiece"), 1e-3
+    settings = {
+        "new_tokens": None,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "warmup_steps": 2,
+        "learning_rate": rate,
+    }
+    settings |= {"lr_scheduler_kwargs": json.dumps({"num_decay_steps": 4, "decay_type": "linear"}), "save_steps": 6}
+    script.main(job(folder, tmp_path, output_dir=tmp_path / "stable", max_steps=20, **settings))
+    branch = {"resume_from_checkpoint": tmp_path / "stable" / "checkpoint-6", "max_steps": 10}
+    script.main(job(folder, tmp_path, **settings, **branch))
+    entries = read_json(tmp_path / "output", "trainer_state.json")["log_history"]
+    rates = [entry["learning_rate"] for entry in entries if "loss" in entry]
+    # The Trainer reports the rate of the next step, in Transformers 4.57 that of the last one.
+    assert rates == pytest.approx([0, rate / 2, *[rate] * 5, 0.75 * rate, 0.5 * rate, 0.25 * rate])
+    assert [path.name for path in Path(tmp_path, "output").glob("checkpoint-*")] == ["checkpoint-10"]
+    assert Path(tmp_path, "stable", "checkpoint-20").exists()
+
+
+@pytest.mark.pytorch
+def test_the_loss_finds_its_positions_in_the_batch(tmp_path, monkeypatch):
+    # On a GPU, `nonzero` would wait for the device.
+    trainer = set_up(run_mlm, job(make_folder(tmp_path / "model", "wordpiece"), tmp_path))
+    batch = next(iter(trainer.get_train_dataloader()))
+    expected = trainer.compute_loss(trainer.model, {name: batch[name] for name in batch if name != "positions"}).item()
+    monkeypatch.setattr("torch.Tensor.nonzero", None)
+    monkeypatch.setattr("torch.nonzero", None)
+    assert trainer.compute_loss(trainer.model, batch).item() == expected
+
+
+@pytest.mark.pytorch
+@pytest.mark.parametrize("source", ["model_name_or_path", "config_name"])
+def test_the_attention_implementation_reaches_the_model(tmp_path, source):
+    folder = make_folder(tmp_path / "model", "wordpiece")
+    given = {"model_name_or_path": None, "tokenizer_name": folder, source: folder}
+    for name in ("eager", "sdpa"):
+        trainer = set_up(run_mlm, job(folder, tmp_path, **given, attn_implementation=name, new_tokens=None))
+        assert trainer.model.config._attn_implementation == name
