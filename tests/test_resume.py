@@ -275,10 +275,10 @@ def test_full_disk(script, model_folder, text_files, tmp_path):
     output = tmp_path / "output"
     line = training_flags(model_folder, text_files, output, save_steps=1, max_steps=15)
     command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *line]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    ) as process:
+    # A cache of its own: what is compiled under such a limit could crash the others that read it.
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "jax")}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
         for printed in process.stdout:
             if "Saved " in printed and "checkpoint-2" in printed:
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, 10_000))
