@@ -11,7 +11,17 @@ import pandas
 import pyarrow as pa
 import pytest
 import transformers
-from conftest import flags, make_model, make_tokenizer, read_json, run_script, sentences, slow_tokenizers, write_lines
+from conftest import (
+    INSTALLED,
+    flags,
+    make_model,
+    make_tokenizer,
+    read_json,
+    run_script,
+    sentences,
+    slow_tokenizers,
+    write_lines,
+)
 from safetensors.numpy import load_file
 
 # The csv loader of `datasets` leaves its reader to the garbage collector.
@@ -539,7 +549,7 @@ def test_several_files_and_globs_are_read_in_their_order(script, tmp_path):
 @pytest.mark.parametrize("extension", ["txt", "csv", "json", "jsonl"])
 def test_odd_text_survives(extension, streaming, tmp_path):
     """A byte-order mark in each file, CRLF, a line of 10 MB, NUL bytes, emoji and words that look like no value."""
-    script = importlib.import_module("run_mlm" if streaming else "run_mlm_flax")
+    script = importlib.import_module(INSTALLED[0])
     clean = write_format(tmp_path, extension, ODD)
     odd = [tmp_path / f"odd-{i}.{extension}" for i in range(2)]
     for path in odd:

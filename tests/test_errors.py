@@ -244,7 +244,7 @@ FILES = [
     ),
     Mistake("no config", lambda place: place.without("config.json"), ["the configuration ", "config.json"]),
     Mistake("corrupt config", lambda place: place.corrupt("config.json"), ["config.json"]),
-    Mistake("config of a list", lambda place: place.corrupt("config.json", b"[]"), ["the configuration "]),
+    Mistake("config of a list", lambda place: place.corrupt("config.json", b"[]"), ["inputs/model: "]),
     Mistake("corrupt weights", lambda place: place.corrupt("model.safetensors"), ["the model "]),
     Mistake("output_dir is a file", lambda place: {"output_dir": place.train}, ["--output_dir", "train.txt"]),
     Mistake(

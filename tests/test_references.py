@@ -37,8 +37,8 @@ def chinese(tmp_path):
     folder.mkdir()
     characters = sorted({char.lower() for line in SEGMENTED for char in line} - {" "})
     pieces = [f"##{char}" for char in characters if char.isascii()]
-    vocab_file = write_lines(folder / "vocab.txt", [*SPECIAL, *characters, *pieces])
-    tokenizer = transformers.BertTokenizerFast(vocab_file=vocab_file, model_max_length=64)
+    write_lines(folder / "vocab.txt", [*SPECIAL, *characters, *pieces])
+    tokenizer = transformers.BertTokenizerFast.from_pretrained(folder, model_max_length=64)
     tokenizer.save_pretrained(folder)
     transformers.BertForMaskedLM(make_config("bert", tokenizer, num_hidden_layers=1)).save_pretrained(folder)
     segmented = write_lines(tmp_path / "segmented.txt", SEGMENTED)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import transformers
 from conftest import (
+    INSTALLED,
     RARE,
     ROOT,
     flags,
@@ -90,11 +91,11 @@ def test_joined_rows_carry_the_flags_of_their_tokens(script, make, tmp_path, kin
 @pytest.mark.parametrize(("kind", "line_by_line"), [("wordpiece", "false"), ("unigram", "true")])
 def test_the_masked_share_of_real_text_is_what_was_asked_for(make, kind, line_by_line):
     """Masks as many epochs as it takes for four standard deviations to be below 1 %."""
-    script, probability = importlib.import_module("run_mlm_flax"), 0.15
+    script, probability = importlib.import_module(INSTALLED[0]), 0.15
     tokenizer = make(kind)
     path, length = ROOT / "configs/quickstart/validation.txt", 512
     dataset = tokenize(script, tokenizer, path, length, line_by_line=line_by_line, max_val_samples=300)
-    collator = script.FlaxDataCollatorForLanguageModeling(tokenizer, mlm_probability=probability)
+    collator = script.MaskingCollator(tokenizer, mlm_probability=probability)
     words, samples = [], [dataset[i] for i in range(len(dataset))]
     for sample in samples:
         begins = sample["continues_word"] == 0
