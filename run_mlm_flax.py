@@ -759,8 +759,8 @@ def mask_tokens(
 class MaskingCollator:
     """Pads samples into one batch and masks it, in NumPy.
 
-    A sample's masks depend on (seed, epoch, index) alone: not on its batch, worker or device, nor on a restart.
-    Samples without an index are numbered in the order in which they come.
+    A sample's masks depend on (seed, epoch, index), their share on its "progress" in the run from 0 to 1: not on batch,
+    worker, device or restart. Samples without an index are numbered in the order in which they come.
     """
 
     tokenizer: PreTrainedTokenizerBase

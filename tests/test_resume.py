@@ -168,23 +168,33 @@ def test_the_other_script_does_not_resume_it(model_folder, text_files, tmp_path,
         assert weights(output) == before
 
 
+@pytest.fixture
+def signal_in_the_second_epoch(script, monkeypatch):
+    """A function that has a signal sent when the first sample of the second epoch is fetched: in or before step 8."""
+    fetch = script.TokenizedDataset.__getitems__
+
+    def install(number):
+        sent = []
+
+        def send_signal(self, keys):
+            if max(keys) >= self.epoch_size * len(self) and not self.fixed_masks and not sent:
+                sent.append(True)
+                os.kill(os.getpid(), number)
+            return fetch(self, keys)
+
+        monkeypatch.setattr(script.TokenizedDataset, "__getitems__", send_signal)
+
+    return install
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_saves_at_the_next_step_and_exits(
-    script, model_folder, text_files, tmp_path, monkeypatch, number, status
+    script, model_folder, text_files, tmp_path, signal_in_the_second_epoch, number, status
 ):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     script.main(training_flags(model_folder, text_files, whole))
-    fetch, sent = script.TokenizedDataset.__getitems__, []
-
-    def send_signal(self, keys):
-        # The first sample of the second epoch: in the middle of step 8, whatever collects the batch.
-        if max(keys) >= self.epoch_size * len(self) and not self.fixed_masks and not sent:
-            sent.append(True)
-            os.kill(os.getpid(), number)
-        return fetch(self, keys)
-
-    monkeypatch.setattr(script.TokenizedDataset, "__getitems__", send_signal)
     handler = signal.getsignal(number)
+    signal_in_the_second_epoch(number)
     with pytest.raises(SystemExit) as exit_info:
         script.main(training_flags(model_folder, text_files, stopped, save_strategy="no"))
     assert exit_info.value.code == status
@@ -192,9 +202,21 @@ def test_signal_saves_at_the_next_step_and_exits(
     (checkpoint,) = stopped.glob("checkpoint-*")
     assert 6 < int(checkpoint.name[11:]) < 10
     assert not (stopped / "train_results.json").exists()
-    monkeypatch.setattr(script.TokenizedDataset, "__getitems__", fetch)
     script.main(training_flags(model_folder, text_files, stopped))
     assert weights(stopped) == weights(whole)
+
+
+def test_a_signal_saves_before_the_evaluation_that_is_due(
+    script, model_folder, text_files, tmp_path, signal_in_the_second_epoch
+):
+    signal_in_the_second_epoch(signal.SIGTERM)
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "no"}
+    with pytest.raises(SystemExit, match="143"):
+        script.main(training_flags(model_folder, text_files, tmp_path / "output", **settings))
+    (checkpoint,) = (tmp_path / "output").glob("checkpoint-*")
+    step = int(checkpoint.name[11:])
+    entries = read_json(checkpoint, "trainer_state.json")["log_history"]
+    assert [entry["step"] for entry in entries if "eval_loss" in entry] == list(range(1, step))
 
 
 def test_output_dir_rules(script, model_folder, text_files, tmp_path, capsys, caplog):
