@@ -553,9 +553,10 @@ class TokenizedDataset:
     @property
     def run_size(self):
         """Samples of the whole run."""
-        if self.args and self.args.max_steps > 0:
-            return self.args.max_steps * self.args.global_batch_size
-        return math.ceil(self.epoch_size * (self.args.num_train_epochs if self.args else 1))
+        args = self.args
+        if args and args.max_steps > 0:
+            return args.max_steps * self.epoch_size / max(1, math.ceil(self.epoch_size / args.global_batch_size))
+        return math.ceil(self.epoch_size * (args.num_train_epochs if args else 1))
 
     def __getitems__(self, keys):
         """Return the samples: {"input_ids": int [L], "epoch", "index", "progress"}, maybe with "continues_word"."""
@@ -856,7 +857,9 @@ def add_new_tokens(tokenizer, path):
             pieces[token] = forms[0]
     tokenizer.add_tokens([transformers.AddedToken(token, single_word=True, lstrip=True) for token in pieces])
     logger.info(f"new tokens: {len(pieces):,} added, {len(tokens) - len(pieces):,} known")
-    return {tokenizer.convert_tokens_to_ids(token): ids for token, ids in pieces.items()}
+    found = {max(tokenizer(token, add_special_tokens=False)["input_ids"]): ids for token, ids in pieces.items()}
+    last_id = max(vocabulary.values())
+    return {new_id: ids for new_id, ids in found.items() if new_id > last_id}
 
 
 def set_new_rows(values, size, new_tokens):
@@ -894,6 +897,8 @@ def load_config(model_args, tokenizer):
         for key, value in config.to_dict().items():
             if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(config, key, model_args.dropout_rate)
+    if model_args.new_tokens and len(tokenizer) in {**config.to_dict(), "vocab_size": None}.values():
+        raise UserError(f"--new_tokens: {len(tokenizer)} tokens are as many as another size of the model: omit one")
     if not model_args.model_name_or_path:
         text_config = config.get_text_config()  # The part for text, of a model that sees images too.
         text_config.vocab_size = len(tokenizer)
@@ -1237,11 +1242,11 @@ def find_checkpoint(training_args):
         matching = [found for found in list_checkpoints(os.path.dirname(path)) if os.path.abspath(found[1]) == path]
         if not matching:
             raise UserError(f"--resume_from_checkpoint {named} is not a complete checkpoint of this script")
-        if checkpoints and checkpoints[-1][0] > matching[0][0]:
-            raise UserError(
-                f"--resume_from_checkpoint {named}: {checkpoints[-1][1]} is newer; use another --output_dir"
-            )
-        return matching[0]
+        if not checkpoints or checkpoints[-1][0] <= matching[0][0]:
+            return matching[0]
+        if os.path.dirname(path) == os.path.abspath(folder):
+            raise UserError(f"--resume_from_checkpoint {named}: {checkpoints[-1][1]} is newer; use another folder")
+        return checkpoints[-1]  # A branch goes on where it was.
     content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
     if training_args.overwrite_output_dir:
         return 0, None
@@ -1342,7 +1347,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         seed=training_args.seed,
         pad_to_multiple_of=8 if training_args.fp16 else None,
         length=max_seq_length if data_args.pad_to_max_length else 0,
-        with_positions=True,
+        with_positions=not training_args.accelerator_config.dispatch_batches,  # Which would cut them like samples.
     )
     with user_errors(f"{type(model).__name__} fails on a first batch"):
         sparse_start = None if model_args.dense_head else find_sparse_start(model, collator, max_seq_length)

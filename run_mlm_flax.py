@@ -583,9 +583,10 @@ class TokenizedDataset:
     @property
     def run_size(self):
         """Samples of the whole run."""
-        if self.args and self.args.max_steps > 0:
-            return self.args.max_steps * self.args.global_batch_size
-        return math.ceil(self.epoch_size * (self.args.num_train_epochs if self.args else 1))
+        args = self.args
+        if args and args.max_steps > 0:
+            return args.max_steps * self.epoch_size / max(1, math.ceil(self.epoch_size / args.global_batch_size))
+        return math.ceil(self.epoch_size * (args.num_train_epochs if args else 1))
 
     def __getitems__(self, keys):
         """Return the samples: {"input_ids": int [L], "epoch", "index", "progress"}, maybe with "continues_word"."""
@@ -863,7 +864,9 @@ def add_new_tokens(tokenizer, path):
             pieces[token] = forms[0]
     tokenizer.add_tokens([transformers.AddedToken(token, single_word=True, lstrip=True) for token in pieces])
     logger.info(f"new tokens: {len(pieces):,} added, {len(tokens) - len(pieces):,} known")
-    return {tokenizer.convert_tokens_to_ids(token): ids for token, ids in pieces.items()}
+    found = {max(tokenizer(token, add_special_tokens=False)["input_ids"]): ids for token, ids in pieces.items()}
+    last_id = max(vocabulary.values())
+    return {new_id: ids for new_id, ids in found.items() if new_id > last_id}
 
 
 def set_new_rows(values, size, new_tokens):
@@ -901,6 +904,8 @@ def load_config(model_args, tokenizer):
         for key, value in config.to_dict().items():
             if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(config, key, model_args.dropout_rate)
+    if model_args.new_tokens and len(tokenizer) in {**config.to_dict(), "vocab_size": None}.values():
+        raise UserError(f"--new_tokens: {len(tokenizer)} tokens are as many as another size of the model: omit one")
     if not model_args.model_name_or_path:
         text_config = config.get_text_config()  # The part for text, of a model that sees images too.
         text_config.vocab_size = len(tokenizer)
@@ -997,12 +1002,13 @@ def warmup_stable_decay(rate, warmup, num_steps, num_decay_steps, decay_type="co
     """Return step -> learning rate: warmup, a constant rate, a decay at the end (Transformers, `get_wsd_schedule`)."""
     if decay_type not in ("linear", "cosine", "1-sqrt"):
         raise ValueError(f"decay_type {decay_type} is not linear, cosine or 1-sqrt")
+    length, height = max(1, num_decay_steps), 1 - min_lr_ratio  # Fails at once if these are no numbers.
 
     def schedule(step):
-        done = jnp.clip((step - num_steps + num_decay_steps) / max(1, num_decay_steps), 0, 1)
+        done = jnp.clip((step - num_steps + num_decay_steps) / length, 0, 1)
         decay = {"linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2, "1-sqrt": 1 - jnp.sqrt(done)}
         factor = jnp.where(step < warmup, step / max(1, warmup), decay[decay_type])
-        return rate * (min_lr_ratio + (1 - min_lr_ratio) * factor)
+        return rate * (min_lr_ratio + height * factor)
 
     return schedule
 
@@ -1255,11 +1261,11 @@ def find_checkpoint(training_args):
         matching = [found for found in list_checkpoints(os.path.dirname(path)) if os.path.abspath(found[1]) == path]
         if not matching:
             raise UserError(f"--resume_from_checkpoint {named} is not a complete checkpoint of this script")
-        if checkpoints and checkpoints[-1][0] > matching[0][0]:
-            raise UserError(
-                f"--resume_from_checkpoint {named}: {checkpoints[-1][1]} is newer; use another --output_dir"
-            )
-        return matching[0]
+        if not checkpoints or checkpoints[-1][0] <= matching[0][0]:
+            return matching[0]
+        if os.path.dirname(path) == os.path.abspath(folder):
+            raise UserError(f"--resume_from_checkpoint {named}: {checkpoints[-1][1]} is newer; use another folder")
+        return checkpoints[-1]  # A branch goes on where it was.
     content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
     if training_args.overwrite_output_dir:
         return 0, None
@@ -1356,9 +1362,8 @@ def connect_processes(data_args, args):
         return
     jax.config.update("jax_enable_preemption_service", False)  # It would take SIGTERM from `StopSignals`.
     try:
-        jax.distributed.initialize(
-            args.coordinator_address, args.num_processes, args.process_id, shutdown_timeout_seconds=60
-        )
+        place = args.coordinator_address, args.num_processes, args.process_id
+        jax.distributed.initialize(*place, shutdown_timeout_seconds=60)
     except (ValueError, RuntimeError) as error:
         # There is no cluster, or this is not the first run of this interpreter.
         alone = "coordinator_address should" in str(error) or "must be called before" in str(error)
@@ -1399,10 +1404,6 @@ class SummaryWriter:
         if self.writer:
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
             self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
-
-    def __del__(self):  # Ends its thread.
-        if self.writer:
-            self.writer.close()
 
 
 @dataclass

@@ -9,6 +9,7 @@ import pytest
 import transformers
 from conftest import (
     INSTALLED,
+    error_line,
     flags,
     history,
     make_config,
@@ -19,6 +20,7 @@ from conftest import (
     save_model,
     sentences,
     set_up,
+    slow_tokenizers,
     weights,
     write_lines,
 )
@@ -165,6 +167,36 @@ def test_the_share_of_masks_falls_with_the_place_in_the_run(tmp_path, streaming)
     assert np.corrcoef(found, expected)[0, 1] > 0.8
 
 
+@pytest.mark.parametrize("drop", ["true", "false"])
+def test_the_share_gets_to_its_end_whatever_the_last_step_of_an_epoch_holds(script, tmp_path, drop):
+    path = write_lines(tmp_path / "text.txt", sentences(9))
+    settings = {"new_tokens": None, "train_file": path, "train_batch_size": 8, "max_steps": 40, "line_by_line": "true"}
+    run = set_up(
+        script, job(make_folder(tmp_path / "model", "wordpiece"), tmp_path, dataloader_drop_last=drop, **settings)
+    )
+    dataset = run.train_dataset if script is run_mlm else run.tokenized["train"]
+    last_epoch = 40 - 1 if drop == "true" else 40 // 2 - 1
+    keys = script.epoch_keys(dataset, 42, last_epoch)
+    assert len(keys) == (8 if drop == "true" else 9)
+    assert 0.97 < dataset[keys[-1]]["progress"] < 1
+
+
+@slow_tokenizers
+def test_a_slow_tokenizer_that_lowercases(script, tmp_path):
+    folder = make_folder(tmp_path / "model", "wordpiece")
+    before = load_file(f"{folder}/model.safetensors")["bert.embeddings.word_embeddings.weight"]
+    words = write_lines(tmp_path / "new.txt", ["Sunflower", "Caf\u00e9"])
+    arguments = job(folder, tmp_path, use_fast_tokenizer="false")
+    after = initial_weights(script, [*arguments, "--new_tokens", words])["bert.embeddings.word_embeddings.weight"]
+    np.testing.assert_array_equal(after[: len(before)], before)
+    assert len(after) == len(before) + 2
+
+
+def test_a_vocabulary_as_large_as_another_size_is_an_error(script, tmp_path, capfd):
+    folder = make_folder(tmp_path / "model", "wordpiece", intermediate_size=93)  # Of 91 tokens and 2 new ones.
+    assert "--new_tokens: 93 tokens" in error_line(script, job(folder, tmp_path), capfd)
+
+
 def test_evaluation_has_the_final_share_or_its_own(script, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(make_folder(tmp_path / "model", "wordpiece"))
     row = np.full(20_000, 50, np.int32)
@@ -216,6 +248,9 @@ def test_a_stable_phase_branches_into_a_decay(script, tmp_path):
     assert rates == pytest.approx([0, rate / 2, *[rate] * 5, 0.75 * rate, 0.5 * rate, 0.25 * rate])
     assert [path.name for path in Path(tmp_path, "output").glob("checkpoint-*")] == ["checkpoint-10"]
     assert Path(tmp_path, "stable", "checkpoint-20").exists()
+    # A branch that was stopped goes on with the same command.
+    script.main(job(folder, tmp_path, **settings, **branch))
+    assert read_json(tmp_path / "output", "trainer_state.json")["global_step"] == 10
 
 
 @pytest.mark.pytorch
