@@ -1,5 +1,6 @@
 """Tiny tokenizers, models and texts, made here: no test needs the network, `../shared/` or a GPU."""
 
+import gc
 import importlib
 import json
 import os
@@ -119,6 +120,16 @@ def private_environment():
 def private_cache(tmp_path, monkeypatch):
     """Give each test a `datasets` cache of its own."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets_cache")
+
+
+@pytest.fixture(autouse=True)
+def few_programs():
+    """Forget what JAX has compiled before its programs take all the memory maps that a process may have (65,530)."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(params=BOTH)
