@@ -173,7 +173,7 @@ class DataTrainingArguments:
     validation_split_percentage: Optional[int] = HfArg(
         default=5, help="Percentage of the training data used for validation if there is no validation data."
     )
-    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: at most 1024).")
+    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: all, at most 1024).")
     preprocessing_num_workers: Optional[int] = HfArg(default=None, help="Processes that tokenize.")
     mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
     final_mlm_probability: Optional[float] = HfArg(default=None, help="The same share at the end: it falls linearly.")
@@ -557,8 +557,8 @@ def check_samples(tokenized, training_args):
     samples, size = len(tokenized.get("train", ())), training_args.global_batch_size
     if training_args.do_train and training_args.drop_last_step and samples < size:
         raise UserError(
-            f"the train data holds {samples} samples, fewer than the {size} of one step: lower --train_batch_size, or "
-            "give --dataloader_drop_last false"
+            f"the train data holds {samples} samples, fewer than the {size} of one step: lower --train_batch_size or "
+            "--gradient_accumulation_steps, or give --dataloader_drop_last false"
         )
 
 
@@ -1260,7 +1260,7 @@ def find_checkpoint(training_args):
         path = os.path.abspath(named)
         matching = [found for found in list_checkpoints(os.path.dirname(path)) if os.path.abspath(found[1]) == path]
         if not matching:
-            raise UserError(f"--resume_from_checkpoint {named} is not a complete checkpoint of this script")
+            raise UserError(f"--resume_from_checkpoint {named} is no complete checkpoint, or the other script's")
         if not checkpoints or checkpoints[-1][0] <= matching[0][0]:
             return matching[0]
         if os.path.dirname(path) == os.path.abspath(folder):
