@@ -263,7 +263,7 @@ FILES = [
     Mistake(
         "no checkpoint",
         lambda place: {"resume_from_checkpoint": place.inputs},
-        ["--resume_from_checkpoint", "not a complete checkpoint"],
+        ["--resume_from_checkpoint", "no complete checkpoint"],
     ),
 ]
 MODELS = [
