@@ -420,6 +420,11 @@ ADAPTATION = [
         lambda place: {**DECAY, "lr_scheduler_kwargs": '{"num_decay_steps": 1, "decay_type": "sudden"}'},
         ["--lr_scheduler_", "sudden"],
     ),
+    Mistake(
+        "decay steps in words",
+        lambda place: {**DECAY, "lr_scheduler_kwargs": '{"num_decay_steps": "four"}'},
+        ["--lr_scheduler_", "str"],
+    ),
     Mistake("no decay steps", lambda place: DECAY, ["--lr_scheduler_", "num_decay_steps"]),
     Mistake(
         "arguments of another schedule",
