@@ -544,7 +544,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
 def log_data(split, num_texts, rows, tokenizer):
     """Log the size of a tokenized split and its share of unknown tokens."""
     ids = pc.list_flatten(rows.data.column("input_ids"))
-    unknown = pc.sum(pc.equal(ids, pa.scalar(tokenizer.unk_token_id, ids.type))).as_py() or 0  # None: there is no such.
+    unknown = pc.sum(pc.equal(ids, pa.scalar(tokenizer.unk_token_id, ids.type))).as_py() or 0  # Null without such a token.
     size = f"{num_texts:,} texts, {len(rows):,} samples, {len(ids):,} tokens"
     logger.info(f"{split}: {size} ({unknown / max(1, len(ids)):.2%} unknown)")
 
@@ -1265,7 +1265,7 @@ def find_checkpoint(training_args):
             return matching[0]
         if os.path.dirname(path) == os.path.abspath(folder):
             raise UserError(f"--resume_from_checkpoint {named}: {checkpoints[-1][1]} is newer; use another folder")
-        return checkpoints[-1]  # A branch goes on where it was.
+        return checkpoints[-1]  # A stopped branch continues.
     content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
     if training_args.overwrite_output_dir:
         return 0, None
