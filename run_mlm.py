@@ -514,7 +514,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
 def log_data(split, num_texts, rows, tokenizer):
     """Log the size of a tokenized split and its share of unknown tokens."""
     ids = pc.list_flatten(rows.data.column("input_ids"))
-    unknown = pc.sum(pc.equal(ids, pa.scalar(tokenizer.unk_token_id, ids.type))).as_py() or 0  # Null without such a token.
+    unknown = pc.sum(pc.equal(ids, pa.scalar(tokenizer.unk_token_id, ids.type))).as_py() or 0  # Null: it has none.
     size = f"{num_texts:,} texts, {len(rows):,} samples, {len(ids):,} tokens"
     logger.info(f"{split}: {size} ({unknown / max(1, len(ids)):.2%} unknown)")
 
