@@ -179,11 +179,6 @@ class DataTrainingArguments:
         default=None, help="Use only the first N validation samples.", aliases=["--max_eval_samples"]
     )
 
-    def __post_init__(self):
-        for name in ("train_file", "validation_file"):
-            if isinstance(getattr(self, name), list) and len(getattr(self, name)) == 1:
-                setattr(self, name, getattr(self, name)[0])  # One file is a string, as documented.
-
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
@@ -233,26 +228,36 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 class ArgumentParser(HfArgumentParser):
-    """An `HfArgumentParser` that raises `UserError` instead of printing its usage and exiting."""
+    """An `HfArgumentParser` that raises `UserError` for invalid and unknown flags; `source` is where they come from."""
+
+    source = ""
 
     def error(self, message):
         if "--use_auth_token" in message:
             message = "--use_auth_token is true or false; give the token with --token"  # Do not print the token.
-        raise UserError(message)
+        raise UserError(self.source + message)
+
+    def parse_known_args(self, *args, **kwargs):
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            closest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            self.error(f"unknown argument {flag}" + (f"; did you mean {closest[0]}?" if closest else ""))
+        return namespace, unknown
 
 
 def json_flags(path):
     """Return the settings in a JSON file as command-line flags; null leaves a setting at its default."""
     flags = []
-    with user_errors(path), open(path, encoding="utf-8-sig") as file:
+    with user_errors(path), open(path, encoding="utf-8-sig") as file, user_errors(f"{path} is not valid JSON"):
         settings = json.load(file)
-        if not isinstance(settings, dict):
-            raise UserError(f"{path}: must hold one JSON object of settings, not a {type(settings).__name__}")
-        for name, value in settings.items():
-            if isinstance(value, list):
-                flags += [f"--{name}", *map(str, value)]
-            elif value is not None:
-                flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: must hold one JSON object of settings, not a {type(settings).__name__}")
+    for name, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
     return flags
 
 
@@ -265,15 +270,11 @@ def parse_args(argv=None):
     groups = ModelArguments, DataTrainingArguments, TrainingArguments
     parser = ArgumentParser(groups, allow_abbrev=False, description=__doc__.splitlines()[0])
     if argv and argv[0].endswith(".json"):
-        argv = json_flags(argv[0]) + argv[1:]
+        flags, parser.source = json_flags(argv[0]), f"{argv[0]}: "
+        parser.parse_known_args(flags)  # Its errors name the file.
+        argv, parser.source = flags + argv[1:], ""
     with user_errors("arguments"):
-        *groups, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        closest = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
-        raise UserError(f"unknown argument {flag}" + (f"; did you mean {closest[0]}?" if closest else ""))
+        groups = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     check_args(*groups)
     return groups
 
@@ -315,6 +316,11 @@ def check_args(model_args, data_args, training_args):
     for holds, message in requirements:
         if not holds:
             raise UserError(message)
+    for name in "new_tokens train_file validation_file train_ref_file validation_ref_file".split():
+        paths = getattr(model_args, name, None) or getattr(data_args, name, None) or []
+        for path in [paths] if isinstance(paths, str) else paths:  # `datasets` ignores a missing file beside others.
+            if "://" not in path and not os.path.exists(path) and not glob.glob(path):
+                raise UserError(f"--{name} {path}: no such file")
 
 
 @contextlib.contextmanager
@@ -326,7 +332,8 @@ def user_errors(subject):
         raise
     except Exception as error:
         cause = error.__cause__ or error
-        raise UserError(f"{subject}: {str(cause).strip() or type(cause).__name__}") from error
+        text = str(cause).removeprefix(f"[Errno {getattr(cause, 'errno', None)}]").removesuffix(f": {subject!r}")
+        raise UserError(f"{subject}: {text.strip() or type(cause).__name__}") from error
 
 
 def exit_on_user_error(main):
@@ -382,9 +389,6 @@ def load_files(split, names, options):
     formats = {FILE_FORMATS[extension][0] for extension in extensions if extension in FILE_FORMATS}
     if not extensions <= FILE_FORMATS.keys() or len(formats) > 1:
         raise UserError(f"--{split}_file {' '.join(names)}: must be of one format of {', '.join(FILE_FORMATS)}")
-    missing = [name for name in names if "://" not in name and not glob.glob(name)]
-    if missing:  # `datasets` ignores a missing file beside others.
-        raise UserError(f"--{split}_file {missing[0]}: no such file")
     loader, loader_options = FILE_FORMATS[extensions.pop()]
     with user_errors(f"--{split}_file {' '.join(names)}"):
         return datasets.load_dataset(loader, data_files=names, split="train", **loader_options, **options)
@@ -526,10 +530,7 @@ def check_samples(tokenized, training_args):
             raise UserError(f"the {split} data holds no sample: give more text, lower --max_seq_length or see --help")
     samples, size = len(tokenized.get("train", ())), training_args.global_batch_size
     if training_args.do_train and training_args.drop_last_step and samples < size:
-        raise UserError(
-            f"the train data holds {samples} samples, fewer than the {size} of one step: lower --train_batch_size or "
-            "--gradient_accumulation_steps, or give --dataloader_drop_last false"
-        )
+        raise UserError(f"the train data has fewer samples ({samples}) than a step ({size}): lower --train_batch_size")
 
 
 class TokenizedDataset:
@@ -1038,7 +1039,7 @@ class MaskedLMTrainer(Trainer):
         if sparse_start and (self.args.gradient_checkpointing or self.args.torch_compile or self.args.fsdp):
             sparse_start = "encoder"  # Layers may run again in the backward pass, without the hook; FSDP wraps them.
         self.sparse_start = None if self.args.n_gpu > 1 else sparse_start  # DataParallel splits the batch.
-        self.timer = 0, time.perf_counter()
+        self.first_step, self.timer = 0, (0, time.perf_counter())
 
     def masked_logits(self, model, inputs):
         """Return (logits [K, V], labels [K]) at the masked positions."""
@@ -1091,6 +1092,11 @@ class MaskedLMTrainer(Trainer):
             samples = self.args.global_batch_size * (self.state.global_step - step)
             logs["tokens_per_second"] = round(self.train_dataset.tokens_per_sample * samples / (now - start))
             self.timer = self.state.global_step, now
+        if "train_loss" in logs and self.first_step:  # The Trainer mixes this process's part with the whole run.
+            steps = self.state.global_step - self.first_step
+            logs["train_steps_per_second"] = round(steps / logs["train_runtime"], 3)
+            logs["train_samples_per_second"] = round(steps * self.args.global_batch_size / logs["train_runtime"], 3)
+            logs["train_loss"] = mean_logged_loss(self.state.log_history)
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
@@ -1102,11 +1108,6 @@ class MaskedLMTrainer(Trainer):
         """Return the learning-rate schedule; raises `UserError` if it lacks an argument."""
         with user_errors(f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"):
             return super().create_scheduler(*args, **kwargs)
-
-    def init_hf_repo(self, token=None):
-        """Create the hub repository unless it exists."""
-        with user_errors(f"--push_to_hub: the repository {self.args.hub_model_id or self.args.output_dir}"):
-            super().init_hf_repo(token)
 
     # Trainer internals: all of them are needed with Transformers 4.57 and 5.
 
@@ -1137,6 +1138,8 @@ class MaskedLMTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         with user_errors(f"the optimizer state in {checkpoint}"):
             super()._load_optimizer_and_scheduler(checkpoint)
+        for group, factor in zip(self.optimizer.param_groups, getattr(self.lr_scheduler, "lr_lambdas", ())):
+            group["lr"] = group["initial_lr"] * factor(self.lr_scheduler.last_epoch)  # It may end earlier now.
 
     def _load_rng_state(self, checkpoint):
         with user_errors(f"the random state in {checkpoint}"):
@@ -1164,8 +1167,9 @@ class Checkpointing(TrainerCallback):
         """Check and log the steps to come."""
         if state.global_step > state.max_steps:
             raise UserError(f"checkpoint-{state.global_step} is already past the {state.max_steps} steps asked for")
-        log_training(args, self.trainer.model.num_parameters(), state.max_steps, args.learning_rate)
-        self.trainer.timer = state.global_step, time.perf_counter()
+        parameters = self.trainer.model.num_parameters()
+        log_training(args, parameters, state.global_step, state.max_steps, args.learning_rate)
+        self.trainer.first_step, self.trainer.timer = state.global_step, (state.global_step, time.perf_counter())
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Save after a signal in an evaluation; an evaluation does not count as time of the training steps."""
@@ -1176,7 +1180,13 @@ class Checkpointing(TrainerCallback):
         """Save after a signal, before any evaluation that is due; report the last steps, as the Flax script does."""
         if self.received():
             control.should_save, control.should_evaluate = True, False
+        self.on_epoch_end(args, state, control)
         control.should_log |= args.logging_strategy == "steps" and state.global_step >= state.max_steps
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Leave the evaluation of the last step to `evaluate`, unless it decides which model is the best."""
+        if args.do_eval and not args.metric_for_best_model:
+            control.should_evaluate &= state.global_step < state.max_steps
 
     def on_save(self, args, state, control, **kwargs):
         """Write the place in the stream, and stop after a signal."""
@@ -1185,12 +1195,10 @@ class Checkpointing(TrainerCallback):
             self.trainer.train_dataset.save(folder, state.global_step)
         logger.info(f"Saved {folder}.")
         self.trainer.timer = state.global_step, time.perf_counter()
-        if self.received():
+        if received := self.received():
             self.trainer.accelerator.wait_for_everyone()
-            logger.info(
-                f"Stopped by signal {self.signals.received}; the checkpoint of step {state.global_step} is saved."
-            )
-            raise SystemExit(128 + self.signals.received)
+            logger.info(f"Stopped by {signal.Signals(received).name}; checkpoint-{state.global_step} is saved.")
+            raise SystemExit(128 + received)
 
 
 def masked_lm_metrics(prediction):
@@ -1237,23 +1245,23 @@ def find_checkpoint(training_args):
     if not training_args.do_train:
         return 0, None
     checkpoints = list_checkpoints(folder)
+    newest = checkpoints[-1] if checkpoints else (0, None)  # None: the run was killed while it wrote its first one.
     if named and named.lower() != "true":
         path = os.path.abspath(named)
         matching = [found for found in list_checkpoints(os.path.dirname(path)) if os.path.abspath(found[1]) == path]
         if not matching:
             raise UserError(f"--resume_from_checkpoint {named} is no complete checkpoint, or the other script's")
-        if not checkpoints or checkpoints[-1][0] <= matching[0][0]:
-            return matching[0]
-        if os.path.dirname(path) == os.path.abspath(folder):
-            raise UserError(f"--resume_from_checkpoint {named}: {checkpoints[-1][1]} is newer; use another folder")
-        return checkpoints[-1]  # A stopped branch continues.
-    content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
-    if training_args.overwrite_output_dir:
+        if newest[0] > matching[0][0] and os.path.dirname(path) == os.path.abspath(folder):
+            raise UserError(f"--resume_from_checkpoint {named}: {newest[1]} is newer; use another folder")
+        newest = max(matching[0], newest, key=lambda found: found[0])  # A stopped branch continues.
+    elif training_args.overwrite_output_dir:
         return 0, None
+    content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
     complete = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
-    if not checkpoints and (complete or not all(name.startswith("checkpoint-") for name in content)):
+    foreign = not checkpoints and (complete or not all(name.startswith("checkpoint-") for name in content))
+    if foreign and not training_args.overwrite_output_dir:
         raise UserError(f"--output_dir {folder} is not empty; use another folder or --overwrite_output_dir")
-    return checkpoints[-1] if checkpoints else (0, None)  # None: the run was killed while it wrote its first one.
+    return newest
 
 
 @contextlib.contextmanager
@@ -1300,19 +1308,15 @@ def setup_logging(training_args):
         transformers.utils.logging.disable_progress_bar()
 
 
-def log_training(args, num_parameters, num_steps, learning_rate):
-    """Log the size of the training ahead."""
+def log_training(args, num_parameters, step, num_steps, learning_rate):
+    """Log the size of the training ahead, after `step` of `num_steps` steps."""
     samples, accumulated, size = args.train_batch_size, args.gradient_accumulation_steps, args.global_batch_size
+    steps = f"{num_steps - step:,} of {num_steps:,} steps to go"
+    logger.info(f"training: {num_parameters:,} parameters, {steps}, peak learning rate {learning_rate:.3g}")
     devices = size // (samples * accumulated)
-    logger.info(f"training: {num_parameters:,} parameters, {num_steps:,} steps, peak learning rate {learning_rate:.3g}")
-    logger.info(f"batch: {size:,} samples per step ({samples} x {accumulated} accumulated x {devices} devices)")
-
-
-def warn_if_slow(bf16):
-    """Warn if this CPU has no instructions for bfloat16 (Linux only: elsewhere, this cannot be seen)."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        if bf16 and "bf16" not in file.read():
-            logger.warning("--bf16: this CPU has no bfloat16 instructions (AVX-512 BF16, AMX); float32 is far faster.")
+    logger.info(f"global batch size: {size:,} (batch {samples}, accumulation {accumulated}, devices {devices})")
+    if num_steps < args.warmup_steps + (args.lr_scheduler_kwargs or {}).get("num_decay_steps", 0):
+        logger.warning("The run is shorter than warmup and decay of the learning rate together: it misses the peak.")
 
 
 def log_predictions(dataset, collator, predict):
@@ -1324,10 +1328,9 @@ def log_predictions(dataset, collator, predict):
     for ids, attended, labels, scores in zip(*batch.values(), np.asarray(logits, np.float32)):
         masked = np.flatnonzero(labels != IGNORED_LABEL)
         logger.info(f"  {decode(ids[attended == 1])}")
-        pairs = [
-            f"{decode(guess)} ({decode(label)})" for guess, label in zip(scores[masked].argmax(-1), labels[masked])
-        ]
-        logger.info(f"    predicted (in the text): {', '.join(pairs)}")
+        guesses = zip(scores[masked].argmax(-1), labels[masked])
+        pairs = [f"{decode(guess)} ({decode(label)})" for guess, label in guesses]
+        logger.info(f"    predicted (in the text): {', '.join(pairs) or 'nothing is masked here'}")
 
 
 def mean_logged_loss(log_history):
@@ -1339,7 +1342,6 @@ def mean_logged_loss(log_history):
 
 def build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
     """Return the `Trainer`."""
-    warn_if_slow(training_args.bf16 and training_args.device.type == "cpu")
     settings = {name: getattr(data_args, name) for name in MaskingCollator.__annotations__ if hasattr(data_args, name)}
     collator = MaskedLMCollator(
         tokenizer,
@@ -1351,7 +1353,8 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
     )
     with user_errors(f"{type(model).__name__} fails on a first batch"):
         sparse_start = None if model_args.dense_head else find_sparse_start(model, collator, max_seq_length)
-    with user_errors("the Trainer"):
+    repository = f"--push_to_hub: the repository {training_args.hub_model_id or training_args.output_dir}"
+    with user_errors(repository if training_args.push_to_hub else "the Trainer"):
         trainer = MaskedLMTrainer(
             model=model,
             args=training_args,
@@ -1384,10 +1387,8 @@ def train(trainer, step, checkpoint):
         with user_errors(f"--output_dir {args.output_dir}"):
             trainer.save_model(_internal_call=True)  # Without an upload: `publish` does that.
         if callback.received():
-            logger.info(f"Stopped by signal {signals.received} after the last step; the model is saved.")
+            logger.info(f"Stopped by {signal.Signals(signals.received).name} after the last step; the model is saved.")
             raise SystemExit(128 + signals.received)
-    if checkpoint:
-        metrics["train_loss"] = mean_logged_loss(trainer.state.log_history)  # The Trainer's own is of this process.
     metrics["train_samples"] = len(dataset)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
@@ -1421,11 +1422,10 @@ def publish(trainer, model_args, data_args):
     card = {"tasks": "fill-mask", "tags": ["masked-language-modeling"], "dataset": data_args.dataset_name}
     base = model_args.model_name_or_path
     card["finetuned_from"] = base if base and not os.path.exists(base) else None
-    if not trainer.args.push_to_hub:
-        trainer.create_model_card(**card)
-        return
-    with user_errors(f"--push_to_hub failed; the model is saved in {trainer.args.output_dir}"):
-        trainer.push_to_hub(**card)
+    trainer.create_model_card(**card)
+    if trainer.args.push_to_hub:
+        with user_errors(f"--push_to_hub failed; the model is saved in {trainer.args.output_dir}"):
+            trainer.push_to_hub(**card)
 
 
 def leave_process_group():

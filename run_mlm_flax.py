@@ -190,11 +190,6 @@ class DataTrainingArguments:
         default=None, help="Use only the first N validation samples.", aliases=["--max_eval_samples"]
     )
 
-    def __post_init__(self):
-        for name in ("train_file", "validation_file"):
-            if isinstance(getattr(self, name), list) and len(getattr(self, name)) == 1:
-                setattr(self, name, getattr(self, name)[0])  # One file is a string, as documented.
-
 
 @dataclass
 class TrainingArguments:
@@ -263,26 +258,36 @@ class TrainingArguments:
 
 
 class ArgumentParser(HfArgumentParser):
-    """An `HfArgumentParser` that raises `UserError` instead of printing its usage and exiting."""
+    """An `HfArgumentParser` that raises `UserError` for invalid and unknown flags; `source` is where they come from."""
+
+    source = ""
 
     def error(self, message):
         if "--use_auth_token" in message:
             message = "--use_auth_token is true or false; give the token with --token"  # Do not print the token.
-        raise UserError(message)
+        raise UserError(self.source + message)
+
+    def parse_known_args(self, *args, **kwargs):
+        namespace, unknown = super().parse_known_args(*args, **kwargs)
+        if unknown:
+            flag = unknown[0].split("=")[0]
+            closest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            self.error(f"unknown argument {flag}" + (f"; did you mean {closest[0]}?" if closest else ""))
+        return namespace, unknown
 
 
 def json_flags(path):
     """Return the settings in a JSON file as command-line flags; null leaves a setting at its default."""
     flags = []
-    with user_errors(path), open(path, encoding="utf-8-sig") as file:
+    with user_errors(path), open(path, encoding="utf-8-sig") as file, user_errors(f"{path} is not valid JSON"):
         settings = json.load(file)
-        if not isinstance(settings, dict):
-            raise UserError(f"{path}: must hold one JSON object of settings, not a {type(settings).__name__}")
-        for name, value in settings.items():
-            if isinstance(value, list):
-                flags += [f"--{name}", *map(str, value)]
-            elif value is not None:
-                flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: must hold one JSON object of settings, not a {type(settings).__name__}")
+    for name, value in settings.items():
+        if isinstance(value, list):
+            flags += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            flags.append(f"--{name}={value if isinstance(value, str) else json.dumps(value)}")
     return flags
 
 
@@ -295,15 +300,11 @@ def parse_args(argv=None):
     groups = ModelArguments, DataTrainingArguments, TrainingArguments
     parser = ArgumentParser(groups, allow_abbrev=False, description=__doc__.splitlines()[0])
     if argv and argv[0].endswith(".json"):
-        argv = json_flags(argv[0]) + argv[1:]
+        flags, parser.source = json_flags(argv[0]), f"{argv[0]}: "
+        parser.parse_known_args(flags)  # Its errors name the file.
+        argv, parser.source = flags + argv[1:], ""
     with user_errors("arguments"):
-        *groups, unknown = parser.parse_args_into_dataclasses(
-            argv, return_remaining_strings=True, look_for_args_file=False
-        )
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        closest = difflib.get_close_matches(flag, parser._option_string_actions, n=1)
-        raise UserError(f"unknown argument {flag}" + (f"; did you mean {closest[0]}?" if closest else ""))
+        groups = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     check_args(*groups)
     return groups
 
@@ -345,6 +346,11 @@ def check_args(model_args, data_args, training_args):
     for holds, message in requirements:
         if not holds:
             raise UserError(message)
+    for name in "new_tokens train_file validation_file train_ref_file validation_ref_file".split():
+        paths = getattr(model_args, name, None) or getattr(data_args, name, None) or []
+        for path in [paths] if isinstance(paths, str) else paths:  # `datasets` ignores a missing file beside others.
+            if "://" not in path and not os.path.exists(path) and not glob.glob(path):
+                raise UserError(f"--{name} {path}: no such file")
 
 
 @contextlib.contextmanager
@@ -356,7 +362,8 @@ def user_errors(subject):
         raise
     except Exception as error:
         cause = error.__cause__ or error
-        raise UserError(f"{subject}: {str(cause).strip() or type(cause).__name__}") from error
+        text = str(cause).removeprefix(f"[Errno {getattr(cause, 'errno', None)}]").removesuffix(f": {subject!r}")
+        raise UserError(f"{subject}: {text.strip() or type(cause).__name__}") from error
 
 
 def exit_on_user_error(main):
@@ -412,9 +419,6 @@ def load_files(split, names, options):
     formats = {FILE_FORMATS[extension][0] for extension in extensions if extension in FILE_FORMATS}
     if not extensions <= FILE_FORMATS.keys() or len(formats) > 1:
         raise UserError(f"--{split}_file {' '.join(names)}: must be of one format of {', '.join(FILE_FORMATS)}")
-    missing = [name for name in names if "://" not in name and not glob.glob(name)]
-    if missing:  # `datasets` ignores a missing file beside others.
-        raise UserError(f"--{split}_file {missing[0]}: no such file")
     loader, loader_options = FILE_FORMATS[extensions.pop()]
     with user_errors(f"--{split}_file {' '.join(names)}"):
         return datasets.load_dataset(loader, data_files=names, split="train", **loader_options, **options)
@@ -556,10 +560,7 @@ def check_samples(tokenized, training_args):
             raise UserError(f"the {split} data holds no sample: give more text, lower --max_seq_length or see --help")
     samples, size = len(tokenized.get("train", ())), training_args.global_batch_size
     if training_args.do_train and training_args.drop_last_step and samples < size:
-        raise UserError(
-            f"the train data holds {samples} samples, fewer than the {size} of one step: lower --train_batch_size or "
-            "--gradient_accumulation_steps, or give --dataloader_drop_last false"
-        )
+        raise UserError(f"the train data has fewer samples ({samples}) than a step ({size}): lower --train_batch_size")
 
 
 class TokenizedDataset:
@@ -1256,23 +1257,23 @@ def find_checkpoint(training_args):
     if not training_args.do_train:
         return 0, None
     checkpoints = list_checkpoints(folder)
+    newest = checkpoints[-1] if checkpoints else (0, None)  # None: the run was killed while it wrote its first one.
     if named and named.lower() != "true":
         path = os.path.abspath(named)
         matching = [found for found in list_checkpoints(os.path.dirname(path)) if os.path.abspath(found[1]) == path]
         if not matching:
             raise UserError(f"--resume_from_checkpoint {named} is no complete checkpoint, or the other script's")
-        if not checkpoints or checkpoints[-1][0] <= matching[0][0]:
-            return matching[0]
-        if os.path.dirname(path) == os.path.abspath(folder):
-            raise UserError(f"--resume_from_checkpoint {named}: {checkpoints[-1][1]} is newer; use another folder")
-        return checkpoints[-1]  # A stopped branch continues.
-    content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
-    if training_args.overwrite_output_dir:
+        if newest[0] > matching[0][0] and os.path.dirname(path) == os.path.abspath(folder):
+            raise UserError(f"--resume_from_checkpoint {named}: {newest[1]} is newer; use another folder")
+        newest = max(matching[0], newest, key=lambda found: found[0])  # A stopped branch continues.
+    elif training_args.overwrite_output_dir:
         return 0, None
+    content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
     complete = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
-    if not checkpoints and (complete or not all(name.startswith("checkpoint-") for name in content)):
+    foreign = not checkpoints and (complete or not all(name.startswith("checkpoint-") for name in content))
+    if foreign and not training_args.overwrite_output_dir:
         raise UserError(f"--output_dir {folder} is not empty; use another folder or --overwrite_output_dir")
-    return checkpoints[-1] if checkpoints else (0, None)  # None: the run was killed while it wrote its first one.
+    return newest
 
 
 @contextlib.contextmanager
@@ -1319,19 +1320,15 @@ def setup_logging(training_args):
         transformers.utils.logging.disable_progress_bar()
 
 
-def log_training(args, num_parameters, num_steps, learning_rate):
-    """Log the size of the training ahead."""
+def log_training(args, num_parameters, step, num_steps, learning_rate):
+    """Log the size of the training ahead, after `step` of `num_steps` steps."""
     samples, accumulated, size = args.train_batch_size, args.gradient_accumulation_steps, args.global_batch_size
+    steps = f"{num_steps - step:,} of {num_steps:,} steps to go"
+    logger.info(f"training: {num_parameters:,} parameters, {steps}, peak learning rate {learning_rate:.3g}")
     devices = size // (samples * accumulated)
-    logger.info(f"training: {num_parameters:,} parameters, {num_steps:,} steps, peak learning rate {learning_rate:.3g}")
-    logger.info(f"batch: {size:,} samples per step ({samples} x {accumulated} accumulated x {devices} devices)")
-
-
-def warn_if_slow(bf16):
-    """Warn if this CPU has no instructions for bfloat16 (Linux only: elsewhere, this cannot be seen)."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
-        if bf16 and "bf16" not in file.read():
-            logger.warning("--bf16: this CPU has no bfloat16 instructions (AVX-512 BF16, AMX); float32 is far faster.")
+    logger.info(f"global batch size: {size:,} (batch {samples}, accumulation {accumulated}, devices {devices})")
+    if num_steps < args.warmup_steps + (args.lr_scheduler_kwargs or {}).get("num_decay_steps", 0):
+        logger.warning("The run is shorter than warmup and decay of the learning rate together: it misses the peak.")
 
 
 def log_predictions(dataset, collator, predict):
@@ -1343,10 +1340,9 @@ def log_predictions(dataset, collator, predict):
     for ids, attended, labels, scores in zip(*batch.values(), np.asarray(logits, np.float32)):
         masked = np.flatnonzero(labels != IGNORED_LABEL)
         logger.info(f"  {decode(ids[attended == 1])}")
-        pairs = [
-            f"{decode(guess)} ({decode(label)})" for guess, label in zip(scores[masked].argmax(-1), labels[masked])
-        ]
-        logger.info(f"    predicted (in the text): {', '.join(pairs)}")
+        guesses = zip(scores[masked].argmax(-1), labels[masked])
+        pairs = [f"{decode(guess)} ({decode(label)})" for guess, label in guesses]
+        logger.info(f"    predicted (in the text): {', '.join(pairs) or 'nothing is masked here'}")
 
 
 def mean_logged_loss(log_history):
@@ -1450,7 +1446,7 @@ class Run:
         logs = {**logs, **self.epoch}
         self.log_history.append({**logs, "step": self.step})
         if self.args.should_log:
-            tqdm.write(str(logs))
+            tqdm.write(str({name: float(f"{value:.6g}") for name, value in logs.items()}))
             for name, value in logs.items():
                 tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
                 self.writer.scalar(tag, value, self.step)
@@ -1480,7 +1476,6 @@ class Run:
 
 def build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
     """Return the `Run`."""
-    warn_if_slow(training_args.bf16 and jax.default_backend() == "cpu")
     settings = {name: getattr(data_args, name) for name in MaskingCollator.__annotations__ if hasattr(data_args, name)}
     collator = FlaxDataCollatorForLanguageModeling(tokenizer, seed=training_args.seed, **settings)
     with user_errors(f"{type(model).__name__} fails on a first batch"):
@@ -1573,12 +1568,12 @@ def train(run, step, checkpoint):
                 save_checkpoint(run, optimizer, dropout_rngs)
             if received:
                 multihost_utils.sync_global_devices("saved")
-                logger.info(f"Stopped by signal {received}; the checkpoint of step {run.step} is saved.")
+                logger.info(f"Stopped by {signal.Signals(received).name}; checkpoint-{run.step} is saved.")
                 raise SystemExit(128 + received)
         write_model(run, optimizer.params, args.output_dir)
         (received,) = largest_of_processes(signals.received)
         if received:
-            logger.info(f"Stopped by signal {received} after the last step; the model is saved.")
+            logger.info(f"Stopped by {signal.Signals(received).name} after the last step; the model is saved.")
             raise SystemExit(128 + received)
     metrics = {"train_loss": mean_logged_loss(run.log_history)}
     metrics |= speed_metrics("train", start, (run.step - step) * args.global_batch_size, run.step - step)
@@ -1603,7 +1598,8 @@ def start_training(run, step, checkpoint):
     logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
     schedule = create_schedule(args, run.num_steps)
     peak = float(jax.vmap(schedule)(np.unique(np.linspace(0, run.num_steps, 1000, dtype=int))).max())
-    log_training(args, sum(value.size for value in jax.tree.leaves(run.model.params)), run.num_steps, peak)
+    parameters = sum(value.size for value in jax.tree.leaves(run.model.params))
+    log_training(args, parameters, step, run.num_steps, peak)
     return schedule
 
 

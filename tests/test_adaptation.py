@@ -253,6 +253,32 @@ def test_a_stable_phase_branches_into_a_decay(script, tmp_path):
     assert read_json(tmp_path / "output", "trainer_state.json")["global_step"] == 10
 
 
+def test_a_branch_may_begin_within_its_decay(script, tmp_path):
+    folder, moved = make_folder(tmp_path / "model", "wordpiece"), []
+    settings = {"new_tokens": None, "lr_scheduler_type": "warmup_stable_decay", "save_steps": 6}
+    for decay, steps in ((1, 6), (1, 7), (4, 7)):
+        more = {"lr_scheduler_kwargs": json.dumps({"num_decay_steps": decay, "decay_type": "linear"})}
+        more |= {"output_dir": tmp_path / f"{decay}-{steps}", "max_steps": steps}
+        if steps == 7:
+            more["resume_from_checkpoint"] = tmp_path / "1-6" / "checkpoint-6"
+        script.main(job(folder, tmp_path, **settings, **more))
+        name = "bert.embeddings.word_embeddings.weight"
+        moved.append(load_file(more["output_dir"] / "model.safetensors")[name])
+    # Adam's step is proportional to the learning rate: at the peak, and after three quarters of the decay.
+    np.testing.assert_allclose(moved[2] - moved[0], (moved[1] - moved[0]) / 4, atol=1e-7)
+    assert np.abs(moved[2] - moved[0]).max() > 1e-4
+
+
+def test_a_run_too_short_for_its_schedule_is_warned_of(script, tmp_path, caplog):
+    folder = make_folder(tmp_path / "model", "wordpiece")
+    settings = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '{"num_decay_steps": 1}'}
+    for warmup in (2, 1):  # Two steps with one of decay.
+        script.main(job(folder, tmp_path, output_dir=tmp_path / str(warmup), warmup_steps=warmup, **settings))
+        warned = "shorter than warmup and decay" in caplog.text
+        assert warned == (warmup == 2)
+        caplog.clear()
+
+
 @pytest.mark.pytorch
 def test_the_loss_finds_its_positions_in_the_batch(tmp_path, monkeypatch):
     # On a GPU, `nonzero` would wait for the device.

@@ -196,13 +196,13 @@ NUMBERS = [
     Mistake("max_seq_length=2", lambda place: {"max_seq_length": 2}, ["--max_seq_length 2", "no room"]),
 ]
 CONFIGS = [
-    Mistake("no such config", lambda place: ["nowhere/a.json"], ["nowhere/a.json", "No such file"]),
-    Mistake("empty config", lambda place: place.config(""), ["arguments.json", "line 1 column 1"]),
+    Mistake("no such config", lambda place: ["nowhere/a.json"], ["error: nowhere/a.json: No such file or directory"]),
+    Mistake("empty config", lambda place: place.config(""), ["arguments.json is not valid JSON: ", "line 1 column 1"]),
     Mistake("config is a folder", lambda place: [str(fill(place.inputs / "dir.json"))], ["dir.json", "directory"]),
     Mistake(
         "malformed config",
         lambda place: place.config('{"seed": 1,\n "max_steps" 2}'),
-        ["arguments.json: ", "line 2 column 14"],
+        ["arguments.json is not valid JSON: ", "line 2 column 14"],
     ),
     Mistake("config is a list", lambda place: place.config("[1, 2]"), ["arguments.json", "list", "object"]),
     Mistake("config is a text", lambda place: place.config('"output"'), ["arguments.json", "str", "object"]),
@@ -210,10 +210,19 @@ CONFIGS = [
     Mistake(
         "unknown key",
         lambda place: place.config({"max_seq_lenght": 16}),
-        ["unknown argument --max_seq_lenght", "did you mean --max_seq_length"],
+        ["arguments.json: unknown argument --max_seq_lenght", "did you mean --max_seq_length"],
     ),
     Mistake("odd key", lambda place: place.config({"": []}), ["unknown argument --"]),
-    Mistake("key of a wrong type", lambda place: place.config({"max_seq_length": 16.5}), ["max_seq_length", "16.5"]),
+    Mistake(
+        "key of a wrong type",
+        lambda place: place.config({"max_seq_length": 16.5}),
+        ["arguments.json: ", "max_seq_length", "16.5"],
+    ),
+    Mistake(
+        "a flag after a config",
+        lambda place: place.config({"seed": 1}, "--max_seq_length", "long"),
+        ["error: argument --max_seq_length", "long"],
+    ),
     Mistake("switch of a wrong type", lambda place: place.config({"do_train": "maybe"}), ["do_train", "maybe"]),
     Mistake("a list for a number", lambda place: place.config({"mlm_probability": [0.1, 0.2]}), ["0.2"]),
     Mistake("an empty list for a number", lambda place: place.config({"seed": []}), ["--seed", "one argument"]),
@@ -224,7 +233,7 @@ FILES = [
     Mistake(
         "no such references",
         lambda place: {"train_ref_file": "no.ref", "line_by_line": "true"},
-        ["no.ref: ", "No such file"],
+        ["--train_ref_file no.ref: no such file"],
     ),
     Mistake("empty file", lambda place: place.data("a.txt", ""), ["a.txt"]),
     Mistake("empty json lines", lambda place: place.data("a.jsonl", ""), ["a.jsonl"]),
@@ -369,7 +378,7 @@ DATA = [
     Mistake(
         "too few texts for a batch",
         lambda place: place.data("a.txt", "the baker .\n" * 3, line_by_line="true", dataloader_drop_last="true"),
-        ["3 samples", "8 of one step", "--train_batch_size"],
+        ["fewer samples (3) than a step (8)", "--train_batch_size"],
     ),
     Mistake(
         "an empty validation split",
@@ -392,7 +401,7 @@ DATA = [
 ]
 DECAY = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0}
 ADAPTATION = [
-    Mistake("no new tokens", lambda place: {"new_tokens": "none.txt"}, ["--new_tokens none.txt", "No such file"]),
+    Mistake("no new tokens", lambda place: {"new_tokens": "none.txt"}, ["--new_tokens none.txt: no such file"]),
     Mistake(
         "empty new tokens",
         lambda place: {"new_tokens": place.file("new.txt", " \n\n")},
@@ -440,6 +449,8 @@ ADAPTATION = [
     ),
 ]
 MISTAKES = [*ARGUMENTS, *NUMBERS, *CONFIGS, *FILES, *MODELS, *DATA, *ADAPTATION]
+# Found before anything is loaded: not even the output folder is made.
+FOUND_FIRST = [*NUMBERS[:-1], *CONFIGS, *(mistake for mistake in FILES if mistake.name.startswith("no such "))]
 # Started as programs, once by each script.
 SAMPLE = ("unknown key", "corrupt weights", "malformed lines")
 
@@ -531,6 +542,7 @@ def test_a_mistake_is_one_line_and_touches_nothing(script, mistake, place, capfd
     assert exit_.value.code == 2
     check_message(capfd.readouterr().err, mistake.words)
     assert snapshot(place) == before
+    assert not (mistake in FOUND_FIRST and place.output.exists())
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -158,7 +158,7 @@ def test_one_process_prepares_logs_and_writes_and_both_resume(work, alone):
     logs = {path.parent.name + path.stem: path.read_text() for path in (work / "logs").glob("*/*/*/*.log")}
     assert done.returncode == 0, logs
     assert losses(work / "output") == alone
-    assert "samples per step (4 x 1 accumulated x 2 devices)" in logs["0stdout"]
+    assert "(batch 4, accumulation 1, devices 2)" in logs["0stdout"]
     assert "100%" in logs["0stderr"]
     assert logs["1stdout"] == "" and "%|" not in logs["1stderr"]
     noted = {path.name for path in work.glob("*-[01]")}
@@ -198,7 +198,7 @@ def test_batches_that_one_process_hands_out(work, alone):
 def test_accelerate_launch(work, alone):
     done = launch(work, [*ACCELERATE, str(ROOT / "run_mlm.py"), *arguments("output", 4)])
     assert done.returncode == 0, done.stderr
-    assert "samples per step (4 x 1 accumulated x 2 devices)" in done.stdout
+    assert "(batch 4, accumulation 1, devices 2)" in done.stdout
     assert losses(work / "output") == alone
 
 

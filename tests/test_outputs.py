@@ -73,6 +73,19 @@ def test_both_scripts_draw_the_same_charts(runs):
         assert values[-1] == pytest.approx(others[-1], rel=1e-3)
 
 
+def test_the_last_step_is_evaluated_once(script, model_folder, text_files, tmp_path):
+    for folder, changes in (("steps", {}), ("epoch", {"eval_strategy": "epoch", "num_train_epochs": 2})):
+        output = tmp_path / folder
+        script.main(
+            run_flags(
+                script.__name__, model_folder, text_files, output, **{"max_steps": 6 if not changes else -1, **changes}
+            )
+        )
+        state = read_json(output, "trainer_state.json")
+        evaluated = [entry["step"] for entry in state["log_history"] if "eval_loss" in entry]
+        assert evaluated == [state["global_step"] // 2, state["global_step"]]
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_no_token_is_on_the_charts(runs, name):
     files = list(runs[name][0].rglob("*events*"))

@@ -57,6 +57,21 @@ DOCUMENTED = {
 }
 
 
+# The files of the user in the commands.
+FILES = "my.txt my.jsonl my_ref.txt valid.txt valid.jsonl valid_ref.txt words.txt texts/a.txt texts/a.jsonl.zst"
+FILES += " test.txt data/train.txt data/valid.txt"
+
+
+@pytest.fixture
+def folder_of_a_user(tmp_path, monkeypatch):
+    """The working directory: the configurations of the project, and files of the user."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for name in FILES.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("the baker")
+    monkeypatch.chdir(tmp_path)
+
+
 def readme_commands():
     """Return (script, arguments) of every call of a script in README's code blocks and tables."""
     blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -116,8 +131,7 @@ def test_every_file_in_readme_exists():
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
-def test_every_command_in_readme_parses(monkeypatch):
-    monkeypatch.chdir(ROOT)
+def test_every_command_in_readme_parses(folder_of_a_user, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_any")
     commands = readme_commands()
     assert len(commands) > 10
@@ -139,7 +153,7 @@ def test_one_config_means_the_same_to_both_scripts(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", DOCUMENTED)
-def test_the_documented_examples_are_the_configs_of_the_same_settings(name):
+def test_the_documented_examples_are_the_configs_of_the_same_settings(name, folder_of_a_user):
     script, command = DOCUMENTED[name]
     assert settings(script, [str(ROOT / "configs" / f"{name}.json")]) == settings(script, shlex.split(command))
 

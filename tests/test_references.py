@@ -47,6 +47,13 @@ def chinese(tmp_path):
     return folder, tokenizer, text, references
 
 
+def test_the_helper_reports_a_missing_file_in_one_line(tmp_path):
+    command = [sys.executable, EXAMPLE / "make_word_references.py", "no.txt", "no-tokenizer", "text.txt", "text.ref"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: no.txt: No such file or directory\n")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture
 def tiny_tokenizer(tmp_path):
     """A tiny WordPiece tokenizer for the tests of errors."""

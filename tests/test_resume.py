@@ -10,7 +10,7 @@ import sys
 
 import kill
 import pytest
-from conftest import ROOT, flags, history, optional_module, read_json, weights
+from conftest import ROOT, error_line, flags, history, optional_module, read_json, weights
 
 run_mlm = optional_module("run_mlm")
 
@@ -53,6 +53,12 @@ def test_resumed_run_equals_the_uninterrupted_one(script, model_folder, text_fil
     assert weights(resumed) == weights(whole)
     results = read_json(resumed, "train_results.json"), read_json(whole, "train_results.json")
     assert results[0]["train_loss"] == pytest.approx(results[1]["train_loss"], rel=1e-4)  # Of rounded reports.
+    steps = results[0]["train_steps_per_second"] * results[0]["train_runtime"]
+    assert steps == pytest.approx(12 - step, rel=0.02)  # Those before the resume do not count; rounded.
+    (logged,) = [entry for entry in read_json(resumed, "trainer_state.json")["log_history"] if "train_loss" in entry]
+    assert {name: results[0][name] for name in logged if name != "step"} == {
+        name: value for name, value in logged.items() if name != "step"
+    }
 
 
 def test_incomplete_checkpoints_are_ignored_with_a_warning(script, model_folder, text_files, tmp_path, caplog):
@@ -91,6 +97,19 @@ def test_a_named_checkpoint_is_resumed_in_another_folder(script, model_folder, t
     assert sorted(path.name for path in resumed.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-9"]
 
 
+def test_a_named_checkpoint_does_not_overwrite_another_model(script, model_folder, text_files, tmp_path, capfd):
+    settings = {"max_steps": 3, "eval_strategy": "no"}
+    script.main(training_flags(model_folder, text_files, tmp_path / "first", **settings))
+    other = tmp_path / "other"
+    shutil.copytree(model_folder, other)
+    settings |= {"resume_from_checkpoint": tmp_path / "first" / "checkpoint-3", "max_steps": 4}
+    line = error_line(script, training_flags(model_folder, text_files, other, **settings), capfd)
+    assert f"--output_dir {other} is not empty" in line
+    assert weights(other) == weights(model_folder)
+    script.main(training_flags(model_folder, text_files, other, overwrite_output_dir=True, **settings))
+    assert weights(other) != weights(model_folder)
+
+
 def test_save_total_limit_keeps_the_newest(script, model_folder, text_files, tmp_path):
     output = tmp_path / "output"
     script.main(training_flags(model_folder, text_files, output, save_steps=2, save_total_limit=2))
@@ -114,12 +133,13 @@ def test_a_run_killed_in_its_first_checkpoint_starts_again(script, model_folder,
     assert not checkpoint.exists()
 
 
-def test_finished_run_is_not_trained_further(script, model_folder, text_files, tmp_path, capsys):
+def test_finished_run_is_not_trained_further(script, model_folder, text_files, tmp_path, capsys, caplog):
     output = tmp_path / "output"
     script.main(training_flags(model_folder, text_files, output))
     before = weights(output), history(output), read_json(output, "eval_results.json")["eval_loss"]
     loss = read_json(output, "train_results.json")["train_loss"]
     script.main(training_flags(model_folder, text_files, output))
+    assert "12 of 12 steps to go" in caplog.text and " 0 of 12 steps to go" in caplog.text
     assert (weights(output), read_json(output, "eval_results.json")["eval_loss"]) == (before[0], before[2])
     assert read_json(output, "train_results.json")["train_loss"] == pytest.approx(loss, rel=1e-4)
     for changes in ({"max_steps": 7}, {"resume_from_checkpoint": output / "checkpoint-3"}):
@@ -267,7 +287,7 @@ def test_best_model_is_loaded_and_kept(model_folder, text_files, tmp_path):
 @pytest.mark.pytorch
 def test_signal_in_the_last_evaluation_still_saves(model_folder, text_files, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    settings = {"eval_strategy": "steps", "eval_steps": 6}
+    settings = {"eval_strategy": "steps", "eval_steps": 6, "metric_for_best_model": "loss"}
     run_mlm.main(training_flags(model_folder, text_files, whole, **settings))
     predict = run_mlm.MaskedLMTrainer.prediction_step
 
@@ -332,7 +352,7 @@ def test_ctrl_c_stops_the_program_and_the_same_command_resumes(script, model_fol
     assert process.returncode == 130
     (checkpoint,) = stopped.glob("checkpoint-*")
     step = int(checkpoint.name[11:])
-    assert f"Stopped by signal 2; the checkpoint of step {step} is saved." in rest
+    assert f"Stopped by SIGINT; checkpoint-{step} is saved." in rest
     for output in (stopped, whole):
         script.main(training_flags(model_folder, text_files, output, **{**settings, "max_steps": step + 3}))
     assert weights(stopped) == weights(whole)

@@ -30,24 +30,33 @@ def word_references(tokenizer, text, starts):
     return [i for i, ((first, _), special) in enumerate(tokens) if not special and first not in starts]
 
 
+def write_references(args):
+    """Read the segmented text and write the two files; raises `OSError` or `ValueError` for a file that is no good."""
+    with open(args.segmented, encoding="utf-8-sig") as source:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
+        with (
+            open(args.text, "w", encoding="utf-8") as text_file,
+            open(args.references, "w", encoding="utf-8") as reference_file,
+        ):
+            for line in source:
+                text, starts = join_words(line.split())
+                text_file.write(f"{text}\n")
+                reference_file.write(f"{json.dumps(word_references(tokenizer, text, starts) if text else [])}\n")
+
+
 def main():
-    """Read the segmented text and write the two files."""
+    """Parse the command line and write the two files; a mistake is one line, with status 2."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("segmented", help="text whose words are separated by spaces")
     parser.add_argument("tokenizer", help="folder or hub name of a fast tokenizer")
     parser.add_argument("text", help="the text to write")
     parser.add_argument("references", help="the word references to write")
     args = parser.parse_args()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(args.tokenizer)
-    with (
-        open(args.segmented, encoding="utf-8-sig") as source,
-        open(args.text, "w", encoding="utf-8") as text_file,
-        open(args.references, "w", encoding="utf-8") as reference_file,
-    ):
-        for line in source:
-            text, starts = join_words(line.split())
-            text_file.write(f"{text}\n")
-            reference_file.write(f"{json.dumps(word_references(tokenizer, text, starts) if text else [])}\n")
+    try:
+        write_references(args)
+    except (OSError, ValueError) as error:
+        cause = f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error)
+        parser.exit(2, f"error: {' '.join(cause.split())}\n")
 
 
 if __name__ == "__main__":
