@@ -25,6 +25,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # Comp
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import datasets
+import filelock
 import pytest
 import tokenizers
 import transformers
@@ -150,16 +151,21 @@ def write_lines(path, lines):
     return str(path)
 
 
-@pytest.fixture
-def text_files(tmp_path):
-    """A training file of 120 lines, some blank, and a validation file of 30."""
+def make_text_files(folder):
+    """Write a training file of 120 lines, some blank, and a validation file of 30; return the settings."""
     train = sentences(110)
     for i in range(0, 110, 11):
         train.insert(i, "")
     return {
-        "train_file": write_lines(tmp_path / "train.txt", train),
-        "validation_file": write_lines(tmp_path / "validation.txt", sentences(30, seed=1)),
+        "train_file": write_lines(folder / "train.txt", train),
+        "validation_file": write_lines(folder / "validation.txt", sentences(30, seed=1)),
     }
+
+
+@pytest.fixture
+def text_files(tmp_path):
+    """A training and a validation file."""
+    return make_text_files(tmp_path)
 
 
 def make_tokenizer(folder, extra=()):
@@ -253,6 +259,41 @@ def flags(**settings):
     for name, value in settings.items():
         line += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return line
+
+
+def training_flags(model_folder, text_files, output, **changes):
+    """Return the command line of a run of 12 steps in two epochs, dropout and accumulation on."""
+    settings = {
+        "model_name_or_path": model_folder,
+        "output_dir": output,
+        "do_train": True,
+        "do_eval": True,
+        "max_seq_length": 16,
+        "line_by_line": "false",
+        "train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_steps": 12,
+        "max_train_samples": 60,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",  # A step too many would show.
+        "logging_steps": 1,
+        "save_steps": 3,
+        "eval_strategy": "epoch",
+        "dropout_rate": 0.1,
+        "dataloader_drop_last": "false",
+    }
+    return flags(**{**settings, **text_files, **changes})
+
+
+def finished_run(script):
+    """Return the folder "tiny-mlm" of a finished run of a script. Tests share it, so they only read it."""
+    folder = Path(os.environ["MLM_TEST_CACHE"], "finished", script.__name__)
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / "lock"):  # The first test of any process that needs it runs it.
+        if not (folder / "tiny-mlm" / "eval_results.json").exists():
+            model, files = make_model(folder / "model"), make_text_files(folder)
+            script.main(training_flags(model, files, folder / "tiny-mlm", token="hf_secretofmine"))
+    return folder / "tiny-mlm"
 
 
 def read_json(*path):

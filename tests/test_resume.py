@@ -10,7 +10,7 @@ import sys
 
 import kill
 import pytest
-from conftest import ROOT, error_line, flags, history, optional_module, read_json, weights
+from conftest import ROOT, error_line, finished_run, history, optional_module, read_json, training_flags, weights
 
 run_mlm = optional_module("run_mlm")
 
@@ -18,34 +18,14 @@ run_mlm = optional_module("run_mlm")
 pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")
 
 
-def training_flags(model_folder, text_files, output, **changes):
-    """Return the command line of a run of 12 steps in two epochs, dropout and accumulation on."""
-    settings = {
-        "model_name_or_path": model_folder,
-        "output_dir": output,
-        "do_train": True,
-        "do_eval": True,
-        "max_seq_length": 16,
-        "line_by_line": "false",
-        "train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_steps": 12,
-        "max_train_samples": 60,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",  # A step too many would show.
-        "logging_steps": 1,
-        "save_steps": 3,
-        "eval_strategy": "epoch",
-        "dropout_rate": 0.1,
-    }
-    return flags(**{**settings, **text_files, **changes})
-
-
 @pytest.mark.parametrize("line_by_line", ["false", "true"])
 @pytest.mark.parametrize("step", [3, 9])
 def test_resumed_run_equals_the_uninterrupted_one(script, model_folder, text_files, tmp_path, line_by_line, step):
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    script.main(training_flags(model_folder, text_files, whole, line_by_line=line_by_line))
+    if line_by_line == "false":
+        whole = finished_run(script)
+    else:
+        script.main(training_flags(model_folder, text_files, whole, line_by_line=line_by_line))
     assert {f"checkpoint-{step}" for step in (3, 6, 9, 12)} <= set(os.listdir(whole))
     shutil.copytree(whole / f"checkpoint-{step}", resumed / f"checkpoint-{step}")
     script.main(training_flags(model_folder, text_files, resumed, line_by_line=line_by_line))
@@ -62,8 +42,7 @@ def test_resumed_run_equals_the_uninterrupted_one(script, model_folder, text_fil
 
 
 def test_incomplete_checkpoints_are_ignored_with_a_warning(script, model_folder, text_files, tmp_path, caplog):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    script.main(training_flags(model_folder, text_files, whole))
+    whole, resumed = finished_run(script), tmp_path / "resumed"
     shutil.copytree(whole, resumed, ignore=shutil.ignore_patterns("checkpoint-12"))
     state = resumed / "checkpoint-9" / "trainer_state.json"
     state.write_text(state.read_text()[: state.stat().st_size // 2])
@@ -88,8 +67,7 @@ def test_a_checkpoint_with_broken_weights_is_an_error(script, model_folder, text
 
 
 def test_a_named_checkpoint_is_resumed_in_another_folder(script, model_folder, text_files, tmp_path):
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    script.main(training_flags(model_folder, text_files, whole))
+    whole, resumed = finished_run(script), tmp_path / "resumed"
     named = training_flags(model_folder, text_files, resumed, resume_from_checkpoint=whole / "checkpoint-6")
     script.main(named)
     assert history(resumed) == history(whole)
@@ -135,11 +113,12 @@ def test_a_run_killed_in_its_first_checkpoint_starts_again(script, model_folder,
 
 def test_finished_run_is_not_trained_further(script, model_folder, text_files, tmp_path, capsys, caplog):
     output = tmp_path / "output"
-    script.main(training_flags(model_folder, text_files, output))
+    shutil.copytree(finished_run(script), output)
+    caplog.clear()
     before = weights(output), history(output), read_json(output, "eval_results.json")["eval_loss"]
     loss = read_json(output, "train_results.json")["train_loss"]
     script.main(training_flags(model_folder, text_files, output))
-    assert "12 of 12 steps to go" in caplog.text and " 0 of 12 steps to go" in caplog.text
+    assert " 0 of 12 steps to go" in caplog.text
     assert (weights(output), read_json(output, "eval_results.json")["eval_loss"]) == (before[0], before[2])
     assert read_json(output, "train_results.json")["train_loss"] == pytest.approx(loss, rel=1e-4)
     for changes in ({"max_steps": 7}, {"resume_from_checkpoint": output / "checkpoint-3"}):
@@ -211,8 +190,7 @@ def signal_in_the_second_epoch(script, monkeypatch):
 def test_signal_saves_at_the_next_step_and_exits(
     script, model_folder, text_files, tmp_path, signal_in_the_second_epoch, number, status
 ):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    script.main(training_flags(model_folder, text_files, whole))
+    whole, stopped = finished_run(script), tmp_path / "stopped"
     handler = signal.getsignal(number)
     signal_in_the_second_epoch(number)
     with pytest.raises(SystemExit) as exit_info:
@@ -261,11 +239,10 @@ def test_output_dir_rules(script, model_folder, text_files, tmp_path, capsys, ca
 
 
 def test_a_model_folder_initialises_and_is_not_resumed(script, model_folder, text_files, tmp_path, caplog):
-    first = tmp_path / "first"
-    script.main(training_flags(model_folder, text_files, first))
-    second = tmp_path / "second"
+    first, second = finished_run(script), tmp_path / "second"
+    caplog.clear()
     script.main(training_flags(first / "checkpoint-6", text_files, second))
-    assert "Starting a new run" in caplog.text.split("Resuming")[-1]
+    assert "Starting a new run" in caplog.text and "Resuming" not in caplog.text
     assert read_json(second, "trainer_state.json")["log_history"][0]["step"] == 1
 
 

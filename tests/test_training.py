@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 import transformers
-from conftest import flags, make_model, read_json, sentences, set_up, write_lines
+from conftest import finished_run, flags, make_model, read_json, sentences, set_up, write_lines
 from safetensors.numpy import load_file
 
 import run_mlm
@@ -86,12 +86,8 @@ def test_bf16_trains_on_a_cpu_and_keeps_float32_weights(script, text_files, mode
     assert dtypes == {np.dtype("float32")}
 
 
-def test_result_folder_is_an_ordinary_transformers_folder(script, text_files, model_folder, tmp_path):
-    output = tmp_path / "output"
-    script.main(
-        flags(model_name_or_path=model_folder, output_dir=output, do_train=True, max_steps=2, max_seq_length=16)
-        + flags(**text_files)
-    )
+def test_result_folder_is_an_ordinary_transformers_folder(script):
+    output = finished_run(script)
     _, loading = transformers.AutoModelForMaskedLM.from_pretrained(output, output_loading_info=True)
     assert not any(loading.values())
     fill = transformers.pipeline("fill-mask", model=str(output), device="cpu")
