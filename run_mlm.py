@@ -850,16 +850,17 @@ def add_new_tokens(tokenizer, path):
         tokens = list(dict.fromkeys(line.strip() for line in file if not line.isspace()))
     if not tokens:
         raise UserError(f"--new_tokens {path}: holds no token")
-    pieces, vocabulary = {}, tokenizer.get_vocab()
+    pieces, vocabulary, last_id = {}, tokenizer.get_vocab(), max(tokenizer.get_vocab().values())
     for token in tokens:  # With a space before it, as inside a sentence, the token may be known to a BPE tokenizer.
         forms = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (token, f" {token}")]
         known = token in vocabulary or any(len(ids) == 1 and ids[0] != tokenizer.unk_token_id for ids in forms)
-        if forms[0] and not known:
-            pieces[token] = forms[0]
-    tokenizer.add_tokens([transformers.AddedToken(token, single_word=True, lstrip=True) for token in pieces])
+        if forms[0] and not known:  # To an uncased tokenizer, two spellings may be one.
+            pieces.setdefault(token if tokenizer.unk_token_id in forms[0] else tuple(forms[0]), (token, forms[0]))
+    pieces = dict(pieces.values())
+    # Chinese and Japanese, from U+2E80 on, have no spaces around words.
+    tokenizer.add_tokens([transformers.AddedToken(new, single_word=max(new) < "\u2e80", lstrip=True) for new in pieces])
     logger.info(f"new tokens: {len(pieces):,} added, {len(tokens) - len(pieces):,} known")
     found = {max(tokenizer(token, add_special_tokens=False)["input_ids"]): ids for token, ids in pieces.items()}
-    last_id = max(vocabulary.values())
     return {new_id: ids for new_id, ids in found.items() if new_id > last_id}
 
 

@@ -111,6 +111,19 @@ def test_the_log_counts_and_the_saved_tokenizer_has_them(script, tmp_path, caplo
     assert new.unk_token_id not in ids
 
 
+@pytest.mark.parametrize("kind", ["wordpiece", "SentencePiece"])
+def test_spellings_that_the_tokenizer_takes_for_one_and_words_without_spaces(script, tmp_path, caplog, kind):
+    caplog.set_level("INFO")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(make_folder(tmp_path / "model", kind))
+    words = ["Sunflower", "sunflower", "\N{GRINNING FACE}", "\N{WINKING FACE}", "北京", "windmill"]
+    new = script.add_new_tokens(tokenizer, write_lines(tmp_path / "new.txt", words))
+    lower_case = kind == "wordpiece"
+    assert len(new) == (5 if lower_case else 6)
+    assert f"{len(new)} added, {6 - len(new)} known" in caplog.text
+    ids = tokenizer("我北京大 windmills", add_special_tokens=False)["input_ids"]
+    assert [i for i in ids if i in new] == [tokenizer("北京", add_special_tokens=False)["input_ids"][-1]]
+
+
 def test_a_resumed_run_adds_nothing_twice(script, tmp_path):
     folder = make_folder(tmp_path / "model", "wordpiece")
     script.main(job(folder, tmp_path))
