@@ -195,11 +195,11 @@ def test_two_processes_stream_as_one(material, tmp_path):
 
 
 def test_a_mistake_is_reported_by_each_process(material, tmp_path):
-    done = run_two(command(material, "output", 4, train_file="none.txt"), tmp_path)
+    done = run_two(command(material, "output", 4, text_column_name="body"), tmp_path)
     for status, _, errors in done:
         assert status == 2, errors
         (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
-        assert line.startswith("error: --train_file none.txt: ")
+        assert line.startswith("error: the train data of ") and "--text_column_name body is not" in line
 
 
 @pytest.mark.long
@@ -228,9 +228,9 @@ def test_a_crash_of_one_process_ends_both(material, tmp_path):
         ({"coordinator_address": "localhost:1", "process_id": 0}, "--coordinator_address localhost:1: "),
     ],
 )
-def test_wrong_flags_are_one_line(tmp_path, capsys, settings, message):
+def test_wrong_flags_are_one_line(material, tmp_path, capsys, settings, message):
     with pytest.raises(SystemExit) as caught:
-        run_mlm_flax.main(command(tmp_path, tmp_path / "output", 4, **settings))
+        run_mlm_flax.main(command(material, tmp_path / "output", 4, **settings))
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line

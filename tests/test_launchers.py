@@ -224,9 +224,9 @@ def test_a_process_that_fails_ends_all(work, place):
 
 @pytest.mark.long
 def test_a_mistake_of_the_user_ends_all(work):
-    done = launch(work, [*TORCHRUN, str(ROOT / "run_mlm.py"), *arguments("output", 4, train_file="none.txt")])
+    done = launch(work, [*TORCHRUN, str(ROOT / "run_mlm.py"), *arguments("output", 4, text_column_name="body")])
     assert done.returncode != 0
-    assert "error: --train_file none.txt: " in done.stderr
+    assert "--text_column_name body is not one of the columns text" in done.stderr
 
 
 @pytest.mark.parametrize(
