@@ -241,7 +241,7 @@ class ArgumentParser(HfArgumentParser):
         namespace, unknown = super().parse_known_args(*args, **kwargs)
         if unknown:
             flag = unknown[0].split("=")[0]
-            closest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            closest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8)
             self.error(f"unknown argument {flag}" + (f"; did you mean {closest[0]}?" if closest else ""))
         return namespace, unknown
 
@@ -279,23 +279,22 @@ def parse_args(argv=None):
     return groups
 
 
-def check_args(model_args, data_args, training_args):
+def check_args(model, data, training):
     """Raise `UserError` for numbers out of range and settings that contradict each other, before anything is loaded."""
     for interval, names in INTERVALS.items():
         low, high = map(float, interval[1:-1].split(","))
         for name in names.split():
-            for group in (model_args, data_args, training_args):
+            for group in (model, data, training):
                 value = getattr(group, name, None)
                 closed = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
                 if value is not None and not (low < value < high or closed):
                     raise UserError(f"--{name} {value} is outside {interval}")
-    model, data, training = model_args, data_args, training_args
     references = data.train_ref_file or data.validation_ref_file
     new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES)
     replaced = data.mask_replace_prob + data.random_replace_prob
     final_share = data.final_mlm_probability or data.mlm_probability
     requirements = [
-        (training.output_dir, "--output_dir is required"),
+        (training.output_dir, "--output_dir is required; see --help"),
         (model.model_name_or_path or new_model, "no model: give --model_name_or_path, --config_name or --model_type"),
         (model.model_name_or_path or model.tokenizer_name, "a new model needs --tokenizer_name"),
         (not (model.model_name_or_path and model.config_overrides), "--config_overrides is for new models only"),
@@ -316,10 +315,9 @@ def check_args(model_args, data_args, training_args):
     for holds, message in requirements:
         if not holds:
             raise UserError(message)
-    for name in "new_tokens train_file validation_file train_ref_file validation_ref_file".split():
-        paths = getattr(model_args, name, None) or getattr(data_args, name, None) or []
-        for path in [paths] if isinstance(paths, str) else paths:  # `datasets` ignores a missing file beside others.
-            if "://" not in path and not os.path.exists(path) and not glob.glob(path):
+    for name in () if data.dataset_name else ("train_file", "validation_file"):
+        for path in getattr(data, name) or ():  # `datasets` ignores a missing file beside others.
+            if "://" not in path and not glob.glob(path):
                 raise UserError(f"--{name} {path}: no such file")
 
 
@@ -488,7 +486,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
     tokenized = {}
     for split, raw in raw_datasets.items():
         limit = data_args.max_train_samples if split == "train" else data_args.max_val_samples
-        source = data_args.dataset_name or getattr(data_args, f"{split}_file") or data_args.train_file
+        source = data_args.dataset_name or " ".join(getattr(data_args, f"{split}_file") or data_args.train_file)
         with user_errors(f"the {split} data of {source}"):
             if data_args.streaming and split == "validation":  # Held in memory.
                 raw = datasets.Dataset.from_list(list(raw.take(limit) if limit else raw))
@@ -527,10 +525,11 @@ def check_samples(tokenized, training_args):
     """Raise `UserError` if a split that is needed is missing or too small."""
     for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
         if wanted and not len(tokenized.get(split, ())):
-            raise UserError(f"the {split} data holds no sample: give more text, lower --max_seq_length or see --help")
+            raise UserError(f"the {split} data holds no sample; see --max_seq_length and --line_by_line, or add text")
     samples, size = len(tokenized.get("train", ())), training_args.global_batch_size
     if training_args.do_train and training_args.drop_last_step and samples < size:
-        raise UserError(f"the train data has fewer samples ({samples}) than a step ({size}): lower --train_batch_size")
+        remedies = "--train_batch_size, --gradient_accumulation_steps or --dataloader_drop_last false"
+        raise UserError(f"the train data has fewer samples ({samples}) than a step ({size}): see {remedies}")
 
 
 class TokenizedDataset:
@@ -854,11 +853,12 @@ def add_new_tokens(tokenizer, path):
     for token in tokens:  # With a space before it, as inside a sentence, the token may be known to a BPE tokenizer.
         forms = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (token, f" {token}")]
         known = token in vocabulary or any(len(ids) == 1 and ids[0] != tokenizer.unk_token_id for ids in forms)
-        if forms[0] and not known:  # To an uncased tokenizer, two spellings may be one.
-            pieces.setdefault(token if tokenizer.unk_token_id in forms[0] else tuple(forms[0]), (token, forms[0]))
+        if forms[0] and not known:  # To an uncased tokenizer, two spellings are one.
+            pieces.setdefault((token.casefold(), *forms[0]), (token, forms[0]))
     pieces = dict(pieces.values())
-    # Chinese and Japanese, from U+2E80 on, have no spaces around words.
-    tokenizer.add_tokens([transformers.AddedToken(new, single_word=max(new) < "\u2e80", lstrip=True) for new in pieces])
+    tokenizer.add_tokens(  # Chinese and Japanese (from U+3040 to U+9FFF) have no spaces around words.
+        [transformers.AddedToken(new, single_word=not "\u3040" <= max(new) <= "\u9fff", lstrip=True) for new in pieces]
+    )
     logger.info(f"new tokens: {len(pieces):,} added, {len(tokens) - len(pieces):,} known")
     found = {max(tokenizer(token, add_special_tokens=False)["input_ids"]): ids for token, ids in pieces.items()}
     return {new_id: ids for new_id, ids in found.items() if new_id > last_id}
@@ -1097,7 +1097,7 @@ class MaskedLMTrainer(Trainer):
             steps = self.state.global_step - self.first_step
             logs["train_steps_per_second"] = round(steps / logs["train_runtime"], 3)
             logs["train_samples_per_second"] = round(steps * self.args.global_batch_size / logs["train_runtime"], 3)
-            logs["train_loss"] = mean_logged_loss(self.state.log_history)
+            logs["train_loss"] = mean_logged_loss(self.state.log_history) or logs["train_loss"]
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
@@ -1105,12 +1105,12 @@ class MaskedLMTrainer(Trainer):
         with user_errors(f"--optim {self.args.optim.value}"):
             return super().create_optimizer(*args, **kwargs)
 
-    def create_scheduler(self, *args, **kwargs):
-        """Return the learning-rate schedule; raises `UserError` if it lacks an argument."""
-        with user_errors(f"--lr_scheduler_type {self.args.lr_scheduler_type.value}"):
-            return super().create_scheduler(*args, **kwargs)
+    create_scheduler = user_errors("--lr_scheduler_type, --lr_scheduler_kwargs")(Trainer.create_scheduler)
+    init_hf_repo = user_errors("--push_to_hub, --hub_model_id")(Trainer.init_hf_repo)
 
     # Trainer internals: all of them are needed with Transformers 4.57 and 5.
+
+    _load_rng_state = user_errors("the random state of the checkpoint")(Trainer._load_rng_state)
 
     def _get_train_sampler(self, train_dataset=None):
         return EpochSampler(self.train_dataset, self.args)  # There is no public way to give a sampler.
@@ -1137,14 +1137,12 @@ class MaskedLMTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
+        peaks = getattr(self.lr_scheduler, "base_lrs", None)
         with user_errors(f"the optimizer state in {checkpoint}"):
             super()._load_optimizer_and_scheduler(checkpoint)
-        for group, factor in zip(self.optimizer.param_groups, getattr(self.lr_scheduler, "lr_lambdas", ())):
-            group["lr"] = group["initial_lr"] * factor(self.lr_scheduler.last_epoch)  # It may end earlier now.
-
-    def _load_rng_state(self, checkpoint):
-        with user_errors(f"the random state in {checkpoint}"):
-            super()._load_rng_state(checkpoint)
+        if checkpoint and hasattr(self.lr_scheduler, "lr_lambdas"):  # The schedule of the flags, not of the checkpoint.
+            self.lr_scheduler.base_lrs, self.lr_scheduler.last_epoch = peaks, self.lr_scheduler.last_epoch - 1
+            self.lr_scheduler.step()
 
     def _save_checkpoint(self, *args, **kwargs):
         with user_errors(f"--output_dir {self.args.output_dir}: a checkpoint cannot be written (is the disk full?)"):
@@ -1245,18 +1243,16 @@ def find_checkpoint(training_args):
     folder, named = training_args.output_dir, training_args.resume_from_checkpoint
     if not training_args.do_train:
         return 0, None
-    checkpoints = list_checkpoints(folder)
+    checkpoints = [] if training_args.overwrite_output_dir else list_checkpoints(folder)
     newest = checkpoints[-1] if checkpoints else (0, None)  # None: the run was killed while it wrote its first one.
     if named and named.lower() != "true":
         path = os.path.abspath(named)
         matching = [found for found in list_checkpoints(os.path.dirname(path)) if os.path.abspath(found[1]) == path]
         if not matching:
-            raise UserError(f"--resume_from_checkpoint {named} is no complete checkpoint, or the other script's")
+            raise UserError(f"--resume_from_checkpoint {named}: no complete checkpoint of this script is there")
         if newest[0] > matching[0][0] and os.path.dirname(path) == os.path.abspath(folder):
             raise UserError(f"--resume_from_checkpoint {named}: {newest[1]} is newer; use another folder")
         newest = max(matching[0], newest, key=lambda found: found[0])  # A stopped branch continues.
-    elif training_args.overwrite_output_dir:
-        return 0, None
     content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
     complete = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
     foreign = not checkpoints and (complete or not all(name.startswith("checkpoint-") for name in content))
@@ -1316,8 +1312,11 @@ def log_training(args, num_parameters, step, num_steps, learning_rate):
     logger.info(f"training: {num_parameters:,} parameters, {steps}, peak learning rate {learning_rate:.3g}")
     devices = size // (samples * accumulated)
     logger.info(f"global batch size: {size:,} (batch {samples}, accumulation {accumulated}, devices {devices})")
-    if num_steps < args.warmup_steps + (args.lr_scheduler_kwargs or {}).get("num_decay_steps", 0):
-        logger.warning("The run is shorter than warmup and decay of the learning rate together: it misses the peak.")
+    decay = (args.lr_scheduler_kwargs or {}).get("num_decay_steps") or 1
+    if step == num_steps:
+        logger.info("The run is finished. To train anew, use another --output_dir or --overwrite_output_dir.")
+    elif num_steps < args.warmup_steps + decay and args.lr_scheduler_type != "constant":
+        logger.warning("--warmup_steps and the decay are longer than the run: the learning rate misses its peak.")
 
 
 def log_predictions(dataset, collator, predict):
@@ -1327,7 +1326,7 @@ def log_predictions(dataset, collator, predict):
     batch, decode = collator.collate(samples), collator.tokenizer.decode
     logits = predict({name: batch[name] for name in ("input_ids", "attention_mask")})
     for ids, attended, labels, scores in zip(*batch.values(), np.asarray(logits, np.float32)):
-        masked = np.flatnonzero(labels != IGNORED_LABEL)
+        masked = np.flatnonzero((labels != IGNORED_LABEL) & (ids == collator.mask_token_id))
         logger.info(f"  {decode(ids[attended == 1])}")
         guesses = zip(scores[masked].argmax(-1), labels[masked])
         pairs = [f"{decode(guess)} ({decode(label)})" for guess, label in guesses]
@@ -1354,8 +1353,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
     )
     with user_errors(f"{type(model).__name__} fails on a first batch"):
         sparse_start = None if model_args.dense_head else find_sparse_start(model, collator, max_seq_length)
-    repository = f"--push_to_hub: the repository {training_args.hub_model_id or training_args.output_dir}"
-    with user_errors(repository if training_args.push_to_hub else "the Trainer"):
+    with user_errors("the Trainer"):
         trainer = MaskedLMTrainer(
             model=model,
             args=training_args,
@@ -1375,9 +1373,10 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
 def train(trainer, step, checkpoint):
     """Train, save the model and return the metrics; exits with 128 + signal, checkpoint saved, after a signal."""
     args, dataset = trainer.args, trainer.train_dataset
-    if args.should_save and checkpoint is None:
+    if args.should_save and (checkpoint is None or args.overwrite_output_dir):
         for path in glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")):
-            shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
+            if os.path.abspath(path) != os.path.abspath(checkpoint or ""):
+                shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
     if checkpoint and isinstance(dataset, StreamedDataset):
         dataset.resume(checkpoint, step)
     logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
@@ -1423,6 +1422,7 @@ def publish(trainer, model_args, data_args):
     card = {"tasks": "fill-mask", "tags": ["masked-language-modeling"], "dataset": data_args.dataset_name}
     base = model_args.model_name_or_path
     card["finetuned_from"] = base if base and not os.path.exists(base) else None
+    trainer.model.config._name_or_path = trainer.args.output_dir  # The card would take it for the base model.
     trainer.create_model_card(**card)
     if trainer.args.push_to_hub:
         with user_errors(f"--push_to_hub failed; the model is saved in {trainer.args.output_dir}"):

@@ -213,7 +213,9 @@ class TrainingArguments:
     lr_scheduler_type: str = HfArg(
         default="constant * linear_warmup * rsqrt_decay", help=f"{', '.join(SCHEDULES)}, or factors joined by *."
     )
-    lr_scheduler_kwargs: Optional[str] = HfArg(default=None, help="JSON: arguments of warmup_stable_decay.")
+    lr_scheduler_kwargs: Optional[str] = HfArg(
+        default=None, help="JSON: num_decay_steps, decay_type, ... of warmup_stable_decay."
+    )
     warmup_steps: int = HfArg(default=0, help="Steps of linear warmup.")
     label_smoothing_factor: float = HfArg(default=0.0, help="Label smoothing of the training loss.")
     group_by_length: bool = HfArg(default=False, help="Group samples of similar length into batches.")
@@ -271,7 +273,7 @@ class ArgumentParser(HfArgumentParser):
         namespace, unknown = super().parse_known_args(*args, **kwargs)
         if unknown:
             flag = unknown[0].split("=")[0]
-            closest = difflib.get_close_matches(flag, self._option_string_actions, n=1)
+            closest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8)
             self.error(f"unknown argument {flag}" + (f"; did you mean {closest[0]}?" if closest else ""))
         return namespace, unknown
 
@@ -309,23 +311,22 @@ def parse_args(argv=None):
     return groups
 
 
-def check_args(model_args, data_args, training_args):
+def check_args(model, data, training):
     """Raise `UserError` for numbers out of range and settings that contradict each other, before anything is loaded."""
     for interval, names in INTERVALS.items():
         low, high = map(float, interval[1:-1].split(","))
         for name in names.split():
-            for group in (model_args, data_args, training_args):
+            for group in (model, data, training):
                 value = getattr(group, name, None)
                 closed = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
                 if value is not None and not (low < value < high or closed):
                     raise UserError(f"--{name} {value} is outside {interval}")
-    model, data, training = model_args, data_args, training_args
     references = data.train_ref_file or data.validation_ref_file
     new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES)
     replaced = data.mask_replace_prob + data.random_replace_prob
     final_share = data.final_mlm_probability or data.mlm_probability
     requirements = [
-        (training.output_dir, "--output_dir is required"),
+        (training.output_dir, "--output_dir is required; see --help"),
         (model.model_name_or_path or new_model, "no model: give --model_name_or_path, --config_name or --model_type"),
         (model.model_name_or_path or model.tokenizer_name, "a new model needs --tokenizer_name"),
         (not (model.model_name_or_path and model.config_overrides), "--config_overrides is for new models only"),
@@ -346,10 +347,9 @@ def check_args(model_args, data_args, training_args):
     for holds, message in requirements:
         if not holds:
             raise UserError(message)
-    for name in "new_tokens train_file validation_file train_ref_file validation_ref_file".split():
-        paths = getattr(model_args, name, None) or getattr(data_args, name, None) or []
-        for path in [paths] if isinstance(paths, str) else paths:  # `datasets` ignores a missing file beside others.
-            if "://" not in path and not os.path.exists(path) and not glob.glob(path):
+    for name in () if data.dataset_name else ("train_file", "validation_file"):
+        for path in getattr(data, name) or ():  # `datasets` ignores a missing file beside others.
+            if "://" not in path and not glob.glob(path):
                 raise UserError(f"--{name} {path}: no such file")
 
 
@@ -518,7 +518,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
     tokenized = {}
     for split, raw in raw_datasets.items():
         limit = data_args.max_train_samples if split == "train" else data_args.max_val_samples
-        source = data_args.dataset_name or getattr(data_args, f"{split}_file") or data_args.train_file
+        source = data_args.dataset_name or " ".join(getattr(data_args, f"{split}_file") or data_args.train_file)
         with user_errors(f"the {split} data of {source}"):
             if data_args.streaming and split == "validation":  # Held in memory.
                 raw = datasets.Dataset.from_list(list(raw.take(limit) if limit else raw))
@@ -557,10 +557,11 @@ def check_samples(tokenized, training_args):
     """Raise `UserError` if a split that is needed is missing or too small."""
     for split, wanted in (("train", training_args.do_train), ("validation", training_args.do_eval)):
         if wanted and not len(tokenized.get(split, ())):
-            raise UserError(f"the {split} data holds no sample: give more text, lower --max_seq_length or see --help")
+            raise UserError(f"the {split} data holds no sample; see --max_seq_length and --line_by_line, or add text")
     samples, size = len(tokenized.get("train", ())), training_args.global_batch_size
     if training_args.do_train and training_args.drop_last_step and samples < size:
-        raise UserError(f"the train data has fewer samples ({samples}) than a step ({size}): lower --train_batch_size")
+        remedies = "--train_batch_size, --gradient_accumulation_steps or --dataloader_drop_last false"
+        raise UserError(f"the train data has fewer samples ({samples}) than a step ({size}): see {remedies}")
 
 
 class TokenizedDataset:
@@ -861,11 +862,12 @@ def add_new_tokens(tokenizer, path):
     for token in tokens:  # With a space before it, as inside a sentence, the token may be known to a BPE tokenizer.
         forms = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (token, f" {token}")]
         known = token in vocabulary or any(len(ids) == 1 and ids[0] != tokenizer.unk_token_id for ids in forms)
-        if forms[0] and not known:  # To an uncased tokenizer, two spellings may be one.
-            pieces.setdefault(token if tokenizer.unk_token_id in forms[0] else tuple(forms[0]), (token, forms[0]))
+        if forms[0] and not known:  # To an uncased tokenizer, two spellings are one.
+            pieces.setdefault((token.casefold(), *forms[0]), (token, forms[0]))
     pieces = dict(pieces.values())
-    # Chinese and Japanese, from U+2E80 on, have no spaces around words.
-    tokenizer.add_tokens([transformers.AddedToken(new, single_word=max(new) < "\u2e80", lstrip=True) for new in pieces])
+    tokenizer.add_tokens(  # Chinese and Japanese (from U+3040 to U+9FFF) have no spaces around words.
+        [transformers.AddedToken(new, single_word=not "\u3040" <= max(new) <= "\u9fff", lstrip=True) for new in pieces]
+    )
     logger.info(f"new tokens: {len(pieces):,} added, {len(tokens) - len(pieces):,} known")
     found = {max(tokenizer(token, add_special_tokens=False)["input_ids"]): ids for token, ids in pieces.items()}
     return {new_id: ids for new_id, ids in found.items() if new_id > last_id}
@@ -1257,18 +1259,16 @@ def find_checkpoint(training_args):
     folder, named = training_args.output_dir, training_args.resume_from_checkpoint
     if not training_args.do_train:
         return 0, None
-    checkpoints = list_checkpoints(folder)
+    checkpoints = [] if training_args.overwrite_output_dir else list_checkpoints(folder)
     newest = checkpoints[-1] if checkpoints else (0, None)  # None: the run was killed while it wrote its first one.
     if named and named.lower() != "true":
         path = os.path.abspath(named)
         matching = [found for found in list_checkpoints(os.path.dirname(path)) if os.path.abspath(found[1]) == path]
         if not matching:
-            raise UserError(f"--resume_from_checkpoint {named} is no complete checkpoint, or the other script's")
+            raise UserError(f"--resume_from_checkpoint {named}: no complete checkpoint of this script is there")
         if newest[0] > matching[0][0] and os.path.dirname(path) == os.path.abspath(folder):
             raise UserError(f"--resume_from_checkpoint {named}: {newest[1]} is newer; use another folder")
         newest = max(matching[0], newest, key=lambda found: found[0])  # A stopped branch continues.
-    elif training_args.overwrite_output_dir:
-        return 0, None
     content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
     complete = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
     foreign = not checkpoints and (complete or not all(name.startswith("checkpoint-") for name in content))
@@ -1328,8 +1328,11 @@ def log_training(args, num_parameters, step, num_steps, learning_rate):
     logger.info(f"training: {num_parameters:,} parameters, {steps}, peak learning rate {learning_rate:.3g}")
     devices = size // (samples * accumulated)
     logger.info(f"global batch size: {size:,} (batch {samples}, accumulation {accumulated}, devices {devices})")
-    if num_steps < args.warmup_steps + (args.lr_scheduler_kwargs or {}).get("num_decay_steps", 0):
-        logger.warning("The run is shorter than warmup and decay of the learning rate together: it misses the peak.")
+    decay = (args.lr_scheduler_kwargs or {}).get("num_decay_steps") or 1
+    if step == num_steps:
+        logger.info("The run is finished. To train anew, use another --output_dir or --overwrite_output_dir.")
+    elif num_steps < args.warmup_steps + decay and args.lr_scheduler_type != "constant":
+        logger.warning("--warmup_steps and the decay are longer than the run: the learning rate misses its peak.")
 
 
 def log_predictions(dataset, collator, predict):
@@ -1339,7 +1342,7 @@ def log_predictions(dataset, collator, predict):
     batch, decode = collator.collate(samples), collator.tokenizer.decode
     logits = predict({name: batch[name] for name in ("input_ids", "attention_mask")})
     for ids, attended, labels, scores in zip(*batch.values(), np.asarray(logits, np.float32)):
-        masked = np.flatnonzero(labels != IGNORED_LABEL)
+        masked = np.flatnonzero((labels != IGNORED_LABEL) & (ids == collator.mask_token_id))
         logger.info(f"  {decode(ids[attended == 1])}")
         guesses = zip(scores[masked].argmax(-1), labels[masked])
         pairs = [f"{decode(guess)} ({decode(label)})" for guess, label in guesses]
@@ -1587,9 +1590,10 @@ def start_training(run, step, checkpoint):
     args, dataset = run.args, run.tokenized["train"]
     if step > run.num_steps:
         raise UserError(f"checkpoint-{step} is already past the {run.num_steps} steps asked for")
-    if args.should_log and checkpoint is None:
+    if args.should_log and (checkpoint is None or args.overwrite_output_dir):
         for path in glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")):
-            shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
+            if os.path.abspath(path) != os.path.abspath(checkpoint or ""):
+                shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
     if checkpoint:
         run.step = step
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
@@ -1599,8 +1603,7 @@ def start_training(run, step, checkpoint):
     logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
     schedule = create_schedule(args, run.num_steps)
     peak = float(jax.vmap(schedule)(np.unique(np.linspace(0, run.num_steps, 1000, dtype=int))).max())
-    parameters = sum(value.size for value in jax.tree.leaves(run.model.params))
-    log_training(args, parameters, step, run.num_steps, peak)
+    log_training(args, sum(value.size for value in jax.tree.leaves(run.model.params)), step, run.num_steps, peak)
     return schedule
 
 

@@ -115,12 +115,21 @@ def test_the_log_counts_and_the_saved_tokenizer_has_them(script, tmp_path, caplo
 def test_spellings_that_the_tokenizer_takes_for_one_and_words_without_spaces(script, tmp_path, caplog, kind):
     caplog.set_level("INFO")
     tokenizer = transformers.AutoTokenizer.from_pretrained(make_folder(tmp_path / "model", kind))
-    words = ["Sunflower", "sunflower", "\N{GRINNING FACE}", "\N{WINKING FACE}", "北京", "windmill"]
+    words = [
+        "Sunflower",
+        "sunflower",
+        "sun . flower",
+        "\N{GRINNING FACE}",
+        "\N{WINKING FACE}",
+        "北京",
+        "windmill",
+        "나무",
+    ]
     new = script.add_new_tokens(tokenizer, write_lines(tmp_path / "new.txt", words))
     lower_case = kind == "wordpiece"
-    assert len(new) == (5 if lower_case else 6)
-    assert f"{len(new)} added, {6 - len(new)} known" in caplog.text
-    ids = tokenizer("我北京大 windmills", add_special_tokens=False)["input_ids"]
+    assert len(new) == (7 if lower_case else 8)
+    assert f"{len(new)} added, {8 - len(new)} known" in caplog.text
+    ids = tokenizer("我北京大 windmills 소나무", add_special_tokens=False)["input_ids"]
     assert [i for i in ids if i in new] == [tokenizer("北京", add_special_tokens=False)["input_ids"][-1]]
 
 
@@ -282,14 +291,16 @@ def test_a_branch_may_begin_within_its_decay(script, tmp_path):
     assert np.abs(moved[2] - moved[0]).max() > 1e-4
 
 
-def test_a_run_too_short_for_its_schedule_is_warned_of(script, tmp_path, caplog):
-    folder = make_folder(tmp_path / "model", "wordpiece")
-    settings = {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": '{"num_decay_steps": 1}'}
-    for warmup in (2, 1):  # Two steps with one of decay.
-        script.main(job(folder, tmp_path, output_dir=tmp_path / str(warmup), warmup_steps=warmup, **settings))
-        warned = "shorter than warmup and decay" in caplog.text
-        assert warned == (warmup == 2)
-        caplog.clear()
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "warned"),
+    [("linear", 2, True), ("linear", 1, False), ("constant", 2, False), ("warmup_stable_decay", 1, True)],
+)
+def test_a_run_too_short_for_its_schedule_is_warned_of(script, tmp_path, caplog, schedule, warmup, warned):
+    settings = {"lr_scheduler_type": schedule, "warmup_steps": warmup}  # Of two steps.
+    if schedule == "warmup_stable_decay":
+        settings["lr_scheduler_kwargs"] = '{"num_decay_steps": 2}'
+    script.main(job(make_folder(tmp_path / "model", "wordpiece"), tmp_path, **settings))
+    assert ("longer than the run" in caplog.text) == warned
 
 
 @pytest.mark.pytorch

@@ -155,6 +155,14 @@ def test_files_of_unknown_or_mixed_formats_are_errors(script, tokenizer, tmp_pat
         script.load_raw_datasets(model_args, data_args)
 
 
+def test_a_file_that_is_not_read_need_not_exist_and_one_with_brackets_is_a_glob(script, tmp_path):
+    settings = flags(model_name_or_path="m", output_dir="o", train_file="none.txt")
+    assert script.parse_args([*settings, "--dataset_name", "set"])[1].dataset_name == "set"
+    path = write_lines(tmp_path / "a[1].txt", ["the baker"])  # `datasets` would not find it.
+    with pytest.raises(script.UserError, match="no such file"):
+        script.parse_args([*settings, "--train_file", path])
+
+
 def test_a_glob_reads_all_its_files(script, tokenizer, tmp_path):
     parts = [sentences(4, seed=seed) for seed in range(3)]
     for number, lines in enumerate(parts):

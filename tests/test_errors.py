@@ -233,7 +233,7 @@ FILES = [
     Mistake(
         "no such references",
         lambda place: {"train_ref_file": "no.ref", "line_by_line": "true"},
-        ["--train_ref_file no.ref: no such file"],
+        ["error: no.ref: No such file or directory"],
     ),
     Mistake("empty file", lambda place: place.data("a.txt", ""), ["a.txt"]),
     Mistake("empty json lines", lambda place: place.data("a.jsonl", ""), ["a.jsonl"]),
@@ -378,7 +378,7 @@ DATA = [
     Mistake(
         "too few texts for a batch",
         lambda place: place.data("a.txt", "the baker .\n" * 3, line_by_line="true", dataloader_drop_last="true"),
-        ["fewer samples (3) than a step (8)", "--train_batch_size"],
+        ["fewer samples (3) than a step (8)", "--train_batch_size", "--dataloader_drop_last false"],
     ),
     Mistake(
         "an empty validation split",
@@ -401,7 +401,9 @@ DATA = [
 ]
 DECAY = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0}
 ADAPTATION = [
-    Mistake("no new tokens", lambda place: {"new_tokens": "none.txt"}, ["--new_tokens none.txt: no such file"]),
+    Mistake(
+        "no new tokens", lambda place: {"new_tokens": "none.txt"}, ["--new_tokens none.txt: No such file or directory"]
+    ),
     Mistake(
         "empty new tokens",
         lambda place: {"new_tokens": place.file("new.txt", " \n\n")},
@@ -450,7 +452,11 @@ ADAPTATION = [
 ]
 MISTAKES = [*ARGUMENTS, *NUMBERS, *CONFIGS, *FILES, *MODELS, *DATA, *ADAPTATION]
 # Found before anything is loaded: not even the output folder is made.
-FOUND_FIRST = [*NUMBERS[:-1], *CONFIGS, *(mistake for mistake in FILES if mistake.name.startswith("no such "))]
+FOUND_FIRST = [
+    *NUMBERS[:-1],
+    *CONFIGS,
+    *(mistake for mistake in FILES if mistake.name in ("no such file", "no such glob")),
+]
 # Started as programs, once by each script.
 SAMPLE = ("unknown key", "corrupt weights", "malformed lines")
 
