@@ -125,8 +125,13 @@ def test_nothing_of_this_machine_is_in_a_card(runs, name):
     assert str(runs[name][0].parent.parent) not in text
 
 
-def test_a_new_model_is_not_called_fine_tuned(script, model_folder, text_files, tmp_path):
-    settings = {"config_name": model_folder, "tokenizer_name": model_folder, "output_dir": tmp_path / "o"}
+@pytest.mark.parametrize("source", ["config_name", "model_type"])
+def test_a_new_model_is_not_called_fine_tuned(script, model_folder, text_files, tmp_path, source):
+    settings = {"config_name": model_folder} if source == "config_name" else {"model_type": "bert"}
+    if source == "model_type":
+        sizes = "num_hidden_layers=1,hidden_size=32,num_attention_heads=2,intermediate_size=64"
+        settings["config_overrides"] = f"{sizes},max_position_embeddings=64"
+    settings |= {"tokenizer_name": model_folder, "output_dir": tmp_path / "o"}
     settings |= {"do_train": True, "max_steps": 1, "max_seq_length": 16, **text_files}
     script.main(flags(**settings))
     assert "fine-tuned" not in (tmp_path / "o" / "README.md").read_text(encoding="utf-8")
