@@ -1266,7 +1266,7 @@ def find_checkpoint(training_args):
         matching = [found for found in list_checkpoints(os.path.dirname(path)) if os.path.abspath(found[1]) == path]
         if not matching:
             raise UserError(f"--resume_from_checkpoint {named}: no complete checkpoint of this script is there")
-        if newest[0] > matching[0][0] and os.path.dirname(path) == os.path.abspath(folder):
+        if newest[0] > matching[0][0] and os.path.samefile(os.path.dirname(path), folder):
             raise UserError(f"--resume_from_checkpoint {named}: {newest[1]} is newer; use another folder")
         newest = max(matching[0], newest, key=lambda found: found[0])  # A stopped branch continues.
     content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
@@ -1592,7 +1592,7 @@ def start_training(run, step, checkpoint):
         raise UserError(f"checkpoint-{step} is already past the {run.num_steps} steps asked for")
     if args.should_log and (checkpoint is None or args.overwrite_output_dir):
         for path in glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")):
-            if os.path.abspath(path) != os.path.abspath(checkpoint or ""):
+            if checkpoint is None or not os.path.samefile(path, checkpoint):
                 shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
     if checkpoint:
         run.step = step

@@ -97,7 +97,8 @@ def test_overwriting_with_a_named_checkpoint_starts_from_it(script, model_folder
     assert weights(other) == weights(finished_run(script))
     assert sorted(path.name[11:] for path in other.glob("checkpoint-*")) == ["12", "6", "9"]
     # Within its own folder, the run goes back to the checkpoint.
-    named = {"resume_from_checkpoint": other / "checkpoint-6", "save_strategy": "no"}
+    (tmp_path / "link").symlink_to(other)
+    named = {"resume_from_checkpoint": tmp_path / "link" / "checkpoint-6", "save_strategy": "no"}
     script.main(training_flags(model_folder, text_files, other, overwrite_output_dir=True, **named))
     assert weights(other) == weights(finished_run(script))
     assert [path.name for path in other.glob("checkpoint-*")] == ["checkpoint-6"]
