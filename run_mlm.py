@@ -486,7 +486,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
     tokenized = {}
     for split, raw in raw_datasets.items():
         limit = data_args.max_train_samples if split == "train" else data_args.max_val_samples
-        source = data_args.dataset_name or " ".join(getattr(data_args, f"{split}_file") or data_args.train_file)
+        source = data_args.dataset_name or " ".join(getattr(data_args, f"{split}_file") or data_args.train_file or ())
         with user_errors(f"the {split} data of {source}"):
             if data_args.streaming and split == "validation":  # Held in memory.
                 raw = datasets.Dataset.from_list(list(raw.take(limit) if limit else raw))

@@ -422,7 +422,7 @@ NAMED += [
 def test_named_schedules_are_the_trainers_at_every_step(name, settings, warmup):
     given = flags(learning_rate=3e-4, warmup_steps=warmup, lr_scheduler_type=name)
     given += flags(lr_scheduler_kwargs=json.dumps(settings)) if settings else []
-    needed = flags(model_name_or_path="m", output_dir="o", train_file="t.txt")
+    needed = flags(model_name_or_path="m", output_dir="o", train_file=__file__)
     ours = run_mlm_flax.create_schedule(run_mlm_flax.parse_args(needed + given)[2], 40)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     stock = transformers.get_scheduler(
