@@ -317,7 +317,7 @@ def check_args(model, data, training):
             raise UserError(message)
     for name in () if data.dataset_name else ("train_file", "validation_file"):
         for path in getattr(data, name) or ():  # `datasets` ignores a missing file beside others.
-            if "://" not in path and not glob.glob(path):
+            if "://" not in path and not glob.glob(path, recursive=True):
                 raise UserError(f"--{name} {path}: no such file")
 
 
@@ -846,19 +846,19 @@ def add_new_tokens(tokenizer, path):
     if path is None:
         return {}
     with user_errors(f"--new_tokens {path}"), open(path, encoding="utf-8-sig") as file:
-        tokens = list(dict.fromkeys(line.strip() for line in file if not line.isspace()))
+        text = file.read().lower() if getattr(tokenizer, "do_lower_case", False) else file.read()
+    tokens = [token for token in dict.fromkeys(map(str.strip, text.split("\n"))) if token]
     if not tokens:
         raise UserError(f"--new_tokens {path}: holds no token")
     pieces, vocabulary, last_id = {}, tokenizer.get_vocab(), max(tokenizer.get_vocab().values())
     for token in tokens:  # With a space before it, as inside a sentence, the token may be known to a BPE tokenizer.
         forms = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (token, f" {token}")]
         known = token in vocabulary or any(len(ids) == 1 and ids[0] != tokenizer.unk_token_id for ids in forms)
-        if forms[0] and not known:  # To an uncased tokenizer, two spellings are one.
-            pieces.setdefault((token.casefold(), *forms[0]), (token, forms[0]))
-    pieces = dict(pieces.values())
-    tokenizer.add_tokens(  # Chinese and Japanese (from U+3040 to U+9FFF) have no spaces around words.
-        [transformers.AddedToken(new, single_word=not "\u3040" <= max(new) <= "\u9fff", lstrip=True) for new in pieces]
-    )
+        if forms[0] and not known:
+            pieces[token] = forms[0]
+    # Chinese and Japanese (from U+3040 to U+9FFF) have no spaces around words.
+    spaced = {token: not any("\u3040" <= char <= "\u9fff" for char in token) for token in pieces}
+    tokenizer.add_tokens([transformers.AddedToken(token, single_word=spaced[token], lstrip=True) for token in pieces])
     logger.info(f"new tokens: {len(pieces):,} added, {len(tokens) - len(pieces):,} known")
     found = {max(tokenizer(token, add_special_tokens=False)["input_ids"]): ids for token, ids in pieces.items()}
     return {new_id: ids for new_id, ids in found.items() if new_id > last_id}
@@ -1140,7 +1140,7 @@ class MaskedLMTrainer(Trainer):
         peaks = getattr(self.lr_scheduler, "base_lrs", None)
         with user_errors(f"the optimizer state in {checkpoint}"):
             super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint and hasattr(self.lr_scheduler, "lr_lambdas"):  # The schedule of the flags, not of the checkpoint.
+        if checkpoint and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):  # Follow the flags.
             self.lr_scheduler.base_lrs, self.lr_scheduler.last_epoch = peaks, self.lr_scheduler.last_epoch - 1
             self.lr_scheduler.step()
 
@@ -1152,8 +1152,8 @@ class MaskedLMTrainer(Trainer):
 class Checkpointing(TrainerCallback):
     """Saves a checkpoint and stops after a signal; saves the place in a stream with each checkpoint."""
 
-    def __init__(self, trainer, signals):
-        self.trainer, self.signals = trainer, signals
+    def __init__(self, trainer, signals, checkpoint):
+        self.trainer, self.signals, self.checkpoint = trainer, signals, checkpoint
 
     def received(self):
         """Return the signal that any of the processes has received, or 0."""
@@ -1163,9 +1163,13 @@ class Checkpointing(TrainerCallback):
         return self.signals.received
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Check and log the steps to come."""
+        """Check and log the steps to come; delete the checkpoints that they replace, after the named one is loaded."""
         if state.global_step > state.max_steps:
             raise UserError(f"checkpoint-{state.global_step} is already past the {state.max_steps} steps asked for")
+        if args.should_save and (self.checkpoint is None or args.overwrite_output_dir):
+            for path in glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")):
+                if self.checkpoint is None or not os.path.samefile(path, self.checkpoint):
+                    shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
         parameters = self.trainer.model.num_parameters()
         log_training(args, parameters, state.global_step, state.max_steps, args.learning_rate)
         self.trainer.first_step, self.trainer.timer = state.global_step, (state.global_step, time.perf_counter())
@@ -1373,15 +1377,11 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
 def train(trainer, step, checkpoint):
     """Train, save the model and return the metrics; exits with 128 + signal, checkpoint saved, after a signal."""
     args, dataset = trainer.args, trainer.train_dataset
-    if args.should_save and (checkpoint is None or args.overwrite_output_dir):
-        for path in glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")):
-            if checkpoint is None or not os.path.samefile(path, checkpoint):
-                shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
     if checkpoint and isinstance(dataset, StreamedDataset):
         dataset.resume(checkpoint, step)
     logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
     with StopSignals() as signals:
-        callback = Checkpointing(trainer, signals)
+        callback = Checkpointing(trainer, signals, checkpoint)
         trainer.add_callback(callback)
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         with user_errors(f"--output_dir {args.output_dir}"):

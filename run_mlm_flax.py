@@ -349,7 +349,7 @@ def check_args(model, data, training):
             raise UserError(message)
     for name in () if data.dataset_name else ("train_file", "validation_file"):
         for path in getattr(data, name) or ():  # `datasets` ignores a missing file beside others.
-            if "://" not in path and not glob.glob(path):
+            if "://" not in path and not glob.glob(path, recursive=True):
                 raise UserError(f"--{name} {path}: no such file")
 
 
@@ -855,19 +855,19 @@ def add_new_tokens(tokenizer, path):
     if path is None:
         return {}
     with user_errors(f"--new_tokens {path}"), open(path, encoding="utf-8-sig") as file:
-        tokens = list(dict.fromkeys(line.strip() for line in file if not line.isspace()))
+        text = file.read().lower() if getattr(tokenizer, "do_lower_case", False) else file.read()
+    tokens = [token for token in dict.fromkeys(map(str.strip, text.split("\n"))) if token]
     if not tokens:
         raise UserError(f"--new_tokens {path}: holds no token")
     pieces, vocabulary, last_id = {}, tokenizer.get_vocab(), max(tokenizer.get_vocab().values())
     for token in tokens:  # With a space before it, as inside a sentence, the token may be known to a BPE tokenizer.
         forms = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in (token, f" {token}")]
         known = token in vocabulary or any(len(ids) == 1 and ids[0] != tokenizer.unk_token_id for ids in forms)
-        if forms[0] and not known:  # To an uncased tokenizer, two spellings are one.
-            pieces.setdefault((token.casefold(), *forms[0]), (token, forms[0]))
-    pieces = dict(pieces.values())
-    tokenizer.add_tokens(  # Chinese and Japanese (from U+3040 to U+9FFF) have no spaces around words.
-        [transformers.AddedToken(new, single_word=not "\u3040" <= max(new) <= "\u9fff", lstrip=True) for new in pieces]
-    )
+        if forms[0] and not known:
+            pieces[token] = forms[0]
+    # Chinese and Japanese (from U+3040 to U+9FFF) have no spaces around words.
+    spaced = {token: not any("\u3040" <= char <= "\u9fff" for char in token) for token in pieces}
+    tokenizer.add_tokens([transformers.AddedToken(token, single_word=spaced[token], lstrip=True) for token in pieces])
     logger.info(f"new tokens: {len(pieces):,} added, {len(tokens) - len(pieces):,} known")
     found = {max(tokenizer(token, add_special_tokens=False)["input_ids"]): ids for token, ids in pieces.items()}
     return {new_id: ids for new_id, ids in found.items() if new_id > last_id}

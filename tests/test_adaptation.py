@@ -121,16 +121,14 @@ def test_spellings_that_the_tokenizer_takes_for_one_and_words_without_spaces(scr
         "sun . flower",
         "\N{GRINNING FACE}",
         "\N{WINKING FACE}",
-        "北京",
+        "ＩＣＵ北京",
         "windmill",
-        "나무",
     ]
-    new = script.add_new_tokens(tokenizer, write_lines(tmp_path / "new.txt", words))
-    lower_case = kind == "wordpiece"
-    assert len(new) == (7 if lower_case else 8)
-    assert f"{len(new)} added, {8 - len(new)} known" in caplog.text
-    ids = tokenizer("我北京大 windmills 소나무", add_special_tokens=False)["input_ids"]
-    assert [i for i in ids if i in new] == [tokenizer("北京", add_special_tokens=False)["input_ids"][-1]]
+    new = script.add_new_tokens(tokenizer, write_lines(tmp_path / "new.txt", [*words, "나무"]))
+    assert len(new) == (7 if kind == "wordpiece" else 8)
+    assert f"{len(new)} added, 0 known" in caplog.text
+    ids = tokenizer("我ＩＣＵ北京大 windmills 소나무", add_special_tokens=False)["input_ids"]
+    assert [i for i in ids if i in new] == [tokenizer("ＩＣＵ北京", add_special_tokens=False)["input_ids"][-1]]
 
 
 def test_a_resumed_run_adds_nothing_twice(script, tmp_path):
