@@ -65,6 +65,7 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import speed_metrics
 from transformers.utils import check_min_version, is_torch_xla_available
 
 check_min_version("4.57.6")
@@ -1094,9 +1095,8 @@ class MaskedLMTrainer(Trainer):
             logs["tokens_per_second"] = round(self.train_dataset.tokens_per_sample * samples / (now - start))
             self.timer = self.state.global_step, now
         if "train_loss" in logs and self.first_step:  # The Trainer mixes this process's part with the whole run.
-            steps = self.state.global_step - self.first_step
-            logs["train_steps_per_second"] = round(steps / logs["train_runtime"], 3)
-            logs["train_samples_per_second"] = round(steps * self.args.global_batch_size / logs["train_runtime"], 3)
+            start, steps = time.time() - logs["train_runtime"], self.state.global_step - self.first_step
+            logs |= speed_metrics("train", start, steps * self.args.global_batch_size, steps)
             logs["train_loss"] = mean_logged_loss(self.state.log_history) or logs["train_loss"]
         super().log(logs, *args, **kwargs)
 
@@ -1109,8 +1109,6 @@ class MaskedLMTrainer(Trainer):
     init_hf_repo = user_errors("--push_to_hub, --hub_model_id")(Trainer.init_hf_repo)
 
     # Trainer internals: all of them are needed with Transformers 4.57 and 5.
-
-    _load_rng_state = user_errors("the random state of the checkpoint")(Trainer._load_rng_state)
 
     def _get_train_sampler(self, train_dataset=None):
         return EpochSampler(self.train_dataset, self.args)  # There is no public way to give a sampler.
@@ -1143,6 +1141,10 @@ class MaskedLMTrainer(Trainer):
         if checkpoint and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):  # Follow the flags.
             self.lr_scheduler.base_lrs, self.lr_scheduler.last_epoch = peaks, self.lr_scheduler.last_epoch - 1
             self.lr_scheduler.step()
+
+    def _load_rng_state(self, checkpoint):
+        with user_errors(f"the random state in {checkpoint}"):
+            super()._load_rng_state(checkpoint)
 
     def _save_checkpoint(self, *args, **kwargs):
         with user_errors(f"--output_dir {self.args.output_dir}: a checkpoint cannot be written (is the disk full?)"):
@@ -1180,16 +1182,14 @@ class Checkpointing(TrainerCallback):
         self.trainer.timer = state.global_step, time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Save after a signal, before any evaluation that is due; report the last steps, as the Flax script does."""
+        """Save after a signal, before any evaluation; report the last step, and leave its evaluation to `evaluate`."""
         if self.received():
             control.should_save, control.should_evaluate = True, False
-        self.on_epoch_end(args, state, control)
         control.should_log |= args.logging_strategy == "steps" and state.global_step >= state.max_steps
-
-    def on_epoch_end(self, args, state, control, **kwargs):
-        """Leave the evaluation of the last step to `evaluate`, unless it decides which model is the best."""
-        if args.do_eval and not args.metric_for_best_model:
+        if args.do_eval and not args.metric_for_best_model:  # Else the evaluation decides which model is the best.
             control.should_evaluate &= state.global_step < state.max_steps
+
+    on_epoch_end = on_step_end
 
     def on_save(self, args, state, control, **kwargs):
         """Write the place in the stream, and stop after a signal."""
