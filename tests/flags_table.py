@@ -1,10 +1,11 @@
-"""Print the tables of flags, made from the parsers of both scripts; with --write, put them into configs/README.md.
+"""Print the tables of flags of both scripts; with --write, put them into configs/README.md, and write flags.json.
 
 python tests/flags_table.py --write
 """
 
 import argparse
 import enum
+import json
 import sys
 from dataclasses import MISSING, fields
 from pathlib import Path
@@ -15,6 +16,7 @@ sys.path.insert(0, str(ROOT))
 import run_mlm  # noqa: E402
 import run_mlm_flax  # noqa: E402
 
+FLAGS = ROOT / "tests" / "flags.json"
 BEGIN, END = "<!-- flags: made by tests/flags_table.py -->", "<!-- end of flags -->"
 GROUPS = ("ModelArguments", "DataTrainingArguments", "TrainingArguments")
 # The Trainer has some 130 arguments, described in the Transformers documentation: here are the most used.
@@ -110,15 +112,32 @@ def replace_tables(readme):
     return before + make_tables() + rest.split(END)[1]
 
 
+def own_flags(script):
+    """Return {name: [type, default]} of the flags that a script declares itself, without those of the Trainer."""
+    groups = [getattr(script, group) for group in GROUPS]
+    return {
+        name: [str(kind), getattr(group, name)]
+        for group in groups
+        for name, kind in vars(group)["__annotations__"].items()
+    }
+
+
+def list_flags():
+    """Return the content of flags.json: a change of a flag is a change of this file, which a reader of it sees."""
+    flags = {script.__name__: own_flags(script) for script in (run_mlm, run_mlm_flax)}
+    return json.dumps(flags, indent=1) + "\n"
+
+
 def main():
-    """Print the tables, or write them."""
+    """Print the tables, or write both files."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="write them into configs/README.md")
+    parser.add_argument("--write", action="store_true", help="write both files")
     if not parser.parse_args().write:
         print(make_tables())
         return
     path = ROOT / "configs" / "README.md"
     path.write_text(replace_tables(path.read_text(encoding="utf-8")), encoding="utf-8")
+    FLAGS.write_text(list_flags(), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import inspect
 import json
 import math
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -44,7 +43,7 @@ def step():
 
 
 def make_optimizer(model, **settings):
-    args = SimpleNamespace(**{**ADAMW, **settings})
+    args = run_mlm_flax.TrainingArguments(**{**ADAMW, **settings})
     return jax_utils.replicate(
         run_mlm_flax.TrainState.create(
             apply_fn=functools.partial(run_mlm_flax.masked_logits, model=model),
