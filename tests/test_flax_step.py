@@ -154,7 +154,7 @@ def test_a_batch_without_labels_only_decays_the_matrices(model, step):
 
 def make_stub(apply_fn, logits):
     """Return an optimizer of a model that is nothing but its logits: [B, L, V]."""
-    tx = run_mlm_flax.create_optimizer(SimpleNamespace(**ADAMW), lambda step: RATE)
+    tx = run_mlm_flax.create_optimizer(run_mlm_flax.TrainingArguments(**ADAMW), lambda step: RATE)
     zero = np.zeros((), np.float32)
     return jax_utils.replicate(
         run_mlm_flax.TrainState.create(apply_fn=apply_fn, params={"logits": logits}, tx=tx, grad_norm=zero)
