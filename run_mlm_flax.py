@@ -496,7 +496,7 @@ def encode_texts(table, tokenizer, column, line_by_line, max_seq_length, whole_w
 
 
 def find_text_column(raw, wanted):
-    """Return (name of the text column, names of all columns); raises `ValueError` for a column without text."""
+    """Return the name of the text column; raises `ValueError` for a column without text."""
     names = raw.column_names or list(next(iter(raw), {"text": ""}))
     column = wanted or ("text" if "text" in names else names[0])
     if column not in names:
@@ -504,7 +504,31 @@ def find_text_column(raw, wanted):
     kind = raw.features[column] if raw.features else datasets.Value("string")
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
         raise ValueError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
-    return column, names
+    return column
+
+
+def encode_dataset(raw, encode, data_args, description):
+    """Return the token rows of a data set of texts, from the cache if it has them.
+
+    Each worker encodes whole batches: if it encoded a share of the texts, joined rows would depend on the workers.
+    """
+    batches = raw.select(range(0, len(raw), ENCODE_BATCH))  # A row per batch; its number is what `map` passes on.
+    workers = data_args.preprocessing_num_workers
+    return batches.with_format("arrow").map(
+        functools.partial(encode_batch, raw=raw.with_format("arrow"), encode=encode),
+        with_indices=True,
+        batched=True,
+        batch_size=1,
+        num_proc=min(workers, len(batches)) if workers else None,
+        load_from_cache_file=not data_args.overwrite_cache,
+        desc=description,
+    )
+
+
+def encode_batch(_, numbers, raw, encode):
+    """Return the token rows of one batch of texts; `numbers` is a list that holds the number of the batch."""
+    first = numbers[0] * ENCODE_BATCH
+    return encode(raw[first : first + ENCODE_BATCH])
 
 
 def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args=None):
@@ -524,21 +548,13 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
                 raw = datasets.Dataset.from_list(list(raw.take(limit) if limit else raw))
             if isinstance(raw, datasets.Dataset) and not len(raw):
                 continue  # `check_samples` reports it.
-            column, names = find_text_column(raw, data_args.text_column_name)
+            column = find_text_column(raw, data_args.text_column_name)
             encode = functools.partial(encode_texts, column=column, **settings)
             if data_args.streaming and split == "train":
                 tokenized[split] = StreamedDataset(raw, encode, data_args.shuffle_buffer_size, limit, training_args)
                 continue
             encode(pa.table({column: ["a"]}))  # Sets the tokenizer's truncation, which is a part of the cache key.
-            rows = raw.with_format("arrow").map(
-                encode,
-                batched=True,
-                batch_size=ENCODE_BATCH,
-                remove_columns=names,
-                num_proc=data_args.preprocessing_num_workers,
-                load_from_cache_file=not data_args.overwrite_cache,
-                desc=f"Tokenizing the {split} data",
-            )
+            rows = encode_dataset(raw, encode, data_args, f"Tokenizing the {split} data")
         rows = rows.select(range(min(limit or len(rows), len(rows))))
         tokenized[split] = TokenizedDataset(rows, training_args, fixed_masks=split == "validation")
         log_data(split, len(raw), rows, tokenizer)

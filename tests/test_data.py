@@ -2,6 +2,9 @@
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import datasets
@@ -12,6 +15,8 @@ import pytest
 import transformers
 from conftest import (
     INSTALLED,
+    RARE,
+    ROOT,
     flags,
     make_model,
     make_tokenizer,
@@ -66,6 +71,11 @@ def joined_rows(tokenizer, lines, length=LENGTH):
     """Return the tokenizer's own output for all lines, joined and cut into rows of `length`, the rest dropped."""
     stream = [token for line in lines for token in tokenizer(line)["input_ids"]]
     return [stream[i : i + length] for i in range(0, len(stream) - length + 1, length)]
+
+
+def batched_rows(tokenizer, lines, size=1000):
+    """Return the same where the texts are joined `size` at a time, as documented."""
+    return [row for i in range(0, len(lines), size) for row in joined_rows(tokenizer, lines[i : i + size])]
 
 
 def write_format(folder, extension, lines, column="text"):
@@ -188,7 +198,7 @@ def test_joined_texts_lose_less_than_one_row_per_thousand_texts(script, tokenize
         tokenizer = transformers.BertTokenizer.from_pretrained(tmp_path / "tokenizer")
     assert tokenizer.is_fast == use_fast
     result = rows(tokenize(script, tokenizer, validation_file=path, line_by_line="false")["validation"])
-    assert result == [row for i in range(0, 2500, 1000) for row in joined_rows(tokenizer, lines[i : i + 1000])]
+    assert result == batched_rows(tokenizer, lines)
 
 
 @pytest.mark.parametrize("use_fast", [True, False])
@@ -221,8 +231,8 @@ def test_a_slow_tokenizer_gives_the_same_lines(script, tmp_path, tokenizer, text
 
 
 @pytest.mark.parametrize("more", [{}, pytest.param({"whole_word_mask": True}, marks=pytest.mark.long)])
-def test_workers_lose_at_most_one_row_each(script, tokenizer, tmp_path, count_encoded, more):
-    lines = sentences(300)
+def test_another_process_finds_what_workers_have_tokenized(script, tokenizer, tmp_path, count_encoded, more):
+    lines = sentences(1500)  # A batch for each worker.
     settings = {"validation_file": write_lines(tmp_path / "lines.txt", lines), "line_by_line": "false"}
     settings |= {"preprocessing_num_workers": 2, **more}
     program = flags(model_type="bert", tokenizer_name=tmp_path / "tokenizer", output_dir=tmp_path / "o", **settings)
@@ -236,7 +246,38 @@ def test_workers_lose_at_most_one_row_each(script, tokenizer, tmp_path, count_en
         assert bool(count_encoded) != again  # Another process finds the cache.
     parts = sorted((tmp_path / "datasets_cache").rglob("cache-*.arrow"))
     result = [row for path in parts for row in datasets.Dataset.from_file(str(path))["input_ids"]]
-    assert result == joined_rows(tokenizer, lines[:150]) + joined_rows(tokenizer, lines[150:])
+    assert len(parts) == 2
+    assert result == batched_rows(tokenizer, lines)
+
+
+def check_workers(name, folder):
+    """Check the rows with several numbers of workers, of an empty cache and of one that another number has filled."""
+    script, tokenizer = importlib.import_module(name), transformers.AutoTokenizer.from_pretrained(folder / "tokenizer")
+    cases = [(1000, 2500, order, {}) for order in ((0, 3), (2, 0), (3, 2))]
+    small = ((1, (2, 0)), (15, (3, 0)), (40, (2, 3)))
+    cases += [(7, count, order, {"whole_word_mask": True}) for count, order in small]
+    for size, count, order, settings in cases:
+        script.ENCODE_BATCH, datasets.config.HF_DATASETS_CACHE = size, folder / f"{count} {order}"
+        lines = [RARE, *sentences(count - 1, seed=count)]
+        expected = batched_rows(tokenizer, lines, size)
+        settings |= {"validation_file": write_lines(folder / "lines.txt", lines), "line_by_line": "false"}
+        for workers in order:
+            used = {**settings, **({"preprocessing_num_workers": workers} if workers else {})}
+            dataset = tokenize(script, tokenizer, **used)["validation"]
+            assert rows(dataset) == expected, (size, count, order, workers)
+            for i in range(len(dataset) if "whole_word_mask" in used else 0):
+                tokens = tokenizer.convert_ids_to_tokens(dataset[i]["input_ids"].tolist())
+                assert dataset[i]["continues_word"].tolist() == [token.startswith("##") for token in tokens]
+
+
+def test_rows_do_not_depend_on_the_number_of_workers(script, tokenizer, tmp_path):
+    # A program of its own: workers are forked, which JAX threads of other tests in this process do not allow.
+    code = "import pathlib, sys, test_data; test_data.check_workers(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    command = [sys.executable, "-c", code, script.__name__, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT / "tests", env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "fork" not in done.stderr
 
 
 def test_validation_is_the_first_percent_of_the_training_data(script, tokenizer, tmp_path):
@@ -508,7 +549,7 @@ def read(script, *names, **settings):
     settings = {"model_name_or_path": "m", "output_dir": "o", "validation_file": names[-1], **settings}
     model_args, data_args, _ = script.parse_args(["--train_file", *map(str, names), *flags(**settings)])
     raw = script.load_raw_datasets(model_args, data_args)["train"]
-    column, _ = script.find_text_column(raw, data_args.text_column_name)
+    column = script.find_text_column(raw, data_args.text_column_name)
     return [row[column] for row in raw]
 
 
