@@ -32,9 +32,10 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from dataclasses import dataclass
-from typing import Optional
+from dataclasses import asdict, dataclass
+from typing import NamedTuple, Optional
 
 if __name__ == "__main__":  # As a program, do not import frameworks that are installed but not used.
     os.environ.setdefault("USE_FLAX", "0")
@@ -61,10 +62,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
+    TrainerControl,
     set_seed,
 )
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import check_min_version, is_torch_xla_available
 
@@ -103,9 +106,9 @@ OFFSET_POSITIONS = (
     "xmod"
 ).split()
 LENGTH_WINDOW = 50  # Batches whose samples `--group_by_length` sorts together.
-STREAM_STATE = "stream_state.json"  # In a checkpoint: where the current block of the stream begins.
 STREAMED_VALIDATION = 1000  # Texts taken from the beginning of a stream without validation data.
 IGNORED_LABEL = -100
+SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
 EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
 ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other numbers than masks do.
 
@@ -212,6 +215,11 @@ class TrainingArguments(transformers.TrainingArguments):
     def global_batch_size(self):
         """Samples per optimizer step, over all processes."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
+    def order_seed(self):
+        """Seed of the order of the samples."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def writes_results(self):
@@ -525,7 +533,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
             encode(pa.table({column: ["a"]}))  # Sets the tokenizer's truncation, which is a part of the cache key.
             rows = encode_dataset(raw, encode, data_args, f"Tokenizing the {split} data")
         rows = rows.select(range(min(limit or len(rows), len(rows))))
-        tokenized[split] = TokenizedDataset(rows, training_args, fixed_masks=split == "validation")
+        tokenized[split] = TokenizedDataset(rows, fixed_masks=split == "validation")
         log_data(split, len(raw), rows, tokenizer)
     return tokenized
 
@@ -549,43 +557,41 @@ def check_samples(tokenized, training_args):
         raise UserError(f"the train data has fewer samples ({samples}) than a step ({size}): see {remedies}")
 
 
+class SampleKey(NamedTuple):
+    """Names a sample, how far training is (from 0 to 1), and whether it has labels: masks follow from these alone."""
+
+    index: int
+    epoch: int = 0
+    progress: float = 0.0
+    labelled: bool = True
+
+
+def fill_up(keys, size):
+    """Return `size` keys: what is missing repeats the first sample without labels, so that each sample counts once."""
+    return keys + [keys[0]._replace(labelled=False)] * (size - len(keys))
+
+
 class TokenizedDataset:
-    """Tokenized samples. The key of a sample is `place * len(self) + index`; places count the samples of the run.
+    """Tokenized samples, which are read by a `SampleKey` or an index.
 
     With `fixed_masks` the epoch is a constant: every evaluation masks the same tokens.
     """
 
-    def __init__(self, dataset, args=None, fixed_masks=False):
-        self.dataset, self.args, self.fixed_masks = dataset.with_format("arrow"), args, fixed_masks
+    def __init__(self, dataset, fixed_masks=False):
+        self.dataset, self.fixed_masks = dataset.with_format("arrow"), fixed_masks
 
     def __len__(self):
         return len(self.dataset)
 
-    @property
-    def epoch_size(self):
-        """Samples of an epoch; with `drop_last_step`, without those of an incomplete last step."""
-        size = self.args.global_batch_size if self.args and self.args.drop_last_step else 1
-        return len(self) // size * size
-
-    @property
-    def run_size(self):
-        """Samples of the whole run."""
-        args = self.args
-        if args and args.max_steps > 0:
-            return args.max_steps * self.epoch_size / max(1, math.ceil(self.epoch_size / args.global_batch_size))
-        return math.ceil(self.epoch_size * (args.num_train_epochs if args else 1))
-
     def __getitems__(self, keys):
-        """Return the samples: {"input_ids": int [L], "epoch", "index", "progress"}, maybe with "continues_word"."""
-        places, indices = np.divmod(np.asarray(keys), len(self))
-        epochs, progress = places // max(1, self.epoch_size), np.minimum(1, places / max(1, self.run_size))
-        table = self.dataset[indices]
+        """Return the samples: {"input_ids": int [L], "epoch", "index", "progress", "labelled"}, and other columns."""
+        keys = [key if isinstance(key, SampleKey) else SampleKey(int(key)) for key in keys]
+        table = self.dataset[[key.index for key in keys]]
         columns = {name: table[name].combine_chunks() for name in table.column_names}
         samples = []
-        for i, (epoch, index, share) in enumerate(zip(epochs.tolist(), indices.tolist(), progress.tolist())):
-            sample = {name: column[i].values.to_numpy() for name, column in columns.items()}
-            epoch = EVAL_EPOCH if self.fixed_masks else epoch
-            samples.append({**sample, "epoch": epoch, "index": index, "progress": share})
+        for i, key in enumerate(keys):
+            sample = {name: array_value(column[i]) for name, column in columns.items()}
+            samples.append({**sample, **key._asdict(), "epoch": EVAL_EPOCH if self.fixed_masks else key.epoch})
         return samples
 
     def __getitem__(self, key):
@@ -602,19 +608,24 @@ class TokenizedDataset:
         return self.lengths.mean()
 
 
+def array_value(scalar):
+    """Return an Arrow scalar as a Python value, a list as a NumPy array."""
+    return scalar.values.to_numpy() if isinstance(scalar, pa.ListScalar) else scalar.as_py()
+
+
 class StreamedDataset:
     """Samples that are tokenized while training reads them, pass after pass, shuffled in blocks of `block_size` rows.
 
     A sampler yields the samples themselves instead of keys, so `dataset[sample]` is the sample. Order and masks depend
-    on (seed, pass, row) alone; `states` are the places in the text where the latest blocks begin, for checkpoints.
+    on (seed, pass, row) alone; `blocks` are the places in the text where the latest blocks begin, for checkpoints.
     """
 
     def __init__(self, raw, encode, block_size, rows_per_pass, args):
         self.raw = raw.with_format("arrow")
         self.encode, self.args = encode, args
         self.block_size, self.rows_per_pass = block_size, rows_per_pass
-        self.first = 0  # Number of the first sample of this run: not 0 after a resume.
-        self.states = [{"first": 0, "epoch": 0, "row": 0, "raw": None, "skip": 0}]
+        self.first_block = {"first": 0, "epoch": 0, "row": 0, "raw": None, "skip": 0}  # Of this process.
+        self.blocks = [self.first_block]
         self.num_samples = self.num_tokens = 0  # Read so far.
 
     def __len__(self):
@@ -628,58 +639,48 @@ class StreamedDataset:
         """The mean number of tokens of the samples read so far."""
         return self.num_tokens / max(1, self.num_samples)
 
-    def rows(self, state):
-        """Yield (the changes of the state, row) from a state to the end of the pass."""
+    def rows(self, block):
+        """Yield (the changes of the place, row) from the beginning of a block to the end of the pass."""
         raw = copy.deepcopy(self.raw)
-        raw.load_state_dict(state["raw"])
-        before, skip = state["raw"], state["skip"]
+        raw.load_state_dict(block["raw"])
+        before, skip = block["raw"], block["skip"]
         with user_errors("the streamed training data"):
             for texts in raw.iter(ENCODE_BATCH):
                 table = self.encode(texts)
                 columns = {name: table[name].combine_chunks() for name in table.column_names}
                 for i in range(skip, len(table)):
-                    row = {name: column[i].values.to_numpy() for name, column in columns.items()}
+                    row = {name: array_value(column[i]) for name, column in columns.items()}
                     yield {"raw": before, "skip": i}, row
                 before, skip = raw.state_dict(), 0
 
-    def samples(self, seed):
-        """Yield the samples of the run from number `self.first` on, pass after pass without end."""
-        state, self.states = self.state_at(self.first), []
+    def samples(self, seed, first):
+        """Yield the samples of the run from number `first` on, pass after pass without end."""
+        block, self.blocks = self.first_block, []
         while True:
-            stop = None if self.rows_per_pass is None else self.rows_per_pass - state["row"]
-            rows = itertools.islice(self.rows(state), stop)
-            while block := list(itertools.islice(rows, self.block_size)):
-                state = {**state, **block[0][0]}
-                self.states.append(state)
-                lengths = np.array([len(row["input_ids"]) for _, row in block])
-                self.num_samples, self.num_tokens = self.num_samples + len(block), self.num_tokens + lengths.sum()
-                order = sample_generator(seed, state["epoch"], ORDER_KEYS + state["row"]).permutation(len(block))
+            stop = None if self.rows_per_pass is None else self.rows_per_pass - block["row"]
+            rows = itertools.islice(self.rows(block), stop)
+            while read := list(itertools.islice(rows, self.block_size)):
+                block = {"batch": self.args.global_batch_size, **block, **read[0][0]}
+                self.blocks.append(block)
+                lengths = np.array([len(row["input_ids"]) for _, row in read])
+                self.num_samples, self.num_tokens = self.num_samples + len(read), self.num_tokens + lengths.sum()
+                order = sample_generator(seed, block["epoch"], ORDER_KEYS + block["row"]).permutation(len(read))
                 if self.args.group_by_length:
-                    order = group_by_length(order, lengths, self.args.global_batch_size)
-                for place in range(max(0, self.first - state["first"]), len(block)):
-                    key = {"epoch": state["epoch"], "index": state["row"] + int(order[place])}
-                    yield {**key, "progress": min(1, (state["first"] + place) / len(self)), **block[order[place]][1]}
-                state = {**state, "first": state["first"] + len(block), "row": state["row"] + len(block)}
-            if not state["row"]:
+                    order = group_by_length(order, lengths, block["batch"])
+                for place in range(max(0, first - block["first"]), len(read)):
+                    key = {"epoch": block["epoch"], "index": block["row"] + int(order[place])}
+                    yield {**key, **read[order[place]][1]}
+                block = {**block, "first": block["first"] + len(read), "row": block["row"] + len(read)}
+                del block["batch"]
+            if not block["row"]:
                 raise UserError("the train data holds no sample: give more text or lower --max_seq_length")
-            state = {**state, "epoch": state["epoch"] + 1, "row": 0, "raw": None, "skip": 0}
+            block = {**block, "epoch": block["epoch"] + 1, "row": 0, "raw": None, "skip": 0}
 
-    def state_at(self, number):
-        """Return the state at the beginning of the block that holds sample `number`, and forget those before it."""
-        while len(self.states) > 1 and self.states[1]["first"] <= number:
-            self.states.pop(0)
-        return self.states[0]
-
-    def save(self, folder, step):
-        """Write where the block of a step begins; without this file, a resume reads from the beginning."""
-        write_json(os.path.join(folder, STREAM_STATE), self.state_at(step * self.args.global_batch_size))
-
-    def resume(self, folder, step):
-        """Continue after `step` steps."""
-        self.first, path = step * self.args.global_batch_size, os.path.join(folder, STREAM_STATE)
-        if os.path.exists(path):
-            with user_errors(path), open(path, encoding="utf-8") as file:
-                self.states = [json.load(file)]
+    def block_at(self, number):
+        """Return the place of the block that holds sample `number`, and forget the blocks before it."""
+        while len(self.blocks) > 1 and self.blocks[1]["first"] <= number:
+            self.blocks.pop(0)
+        return self.blocks[0]
 
 
 def group_by_length(order, lengths, batch_size):
@@ -688,15 +689,97 @@ def group_by_length(order, lengths, batch_size):
     return np.concatenate([window[np.argsort(-lengths[window], kind="stable")] for window in windows])
 
 
-def epoch_keys(dataset, seed, epoch):
-    """Return the keys of the samples of an epoch in training order: int64 [`dataset.epoch_size`].
+class Position(NamedTuple):
+    """A place in the training data: epoch, samples of it that are trained, global batch size that its order is for."""
 
-    Sorting and dropping go by whole optimizer steps, so they do not depend on how a step is split.
+    epoch: int
+    sample: int
+    batch_size: int
+
+
+class RunPlan:
+    """Which samples each optimizer step of a run trains on: a function of data, arguments and the step alone.
+
+    An epoch is a pass over the samples; a stream is one epoch without end. `start` is the position of this process,
+    which follows `first_step` steps. They may have had another batch size: the position counts samples.
     """
-    order = epoch_permutation(seed, epoch, len(dataset))
-    if dataset.args.group_by_length:
-        order = group_by_length(order, dataset.lengths, dataset.args.global_batch_size)
-    return (epoch * dataset.epoch_size + np.arange(dataset.epoch_size)) * len(dataset) + order[: dataset.epoch_size]
+
+    def __init__(self, dataset, args, first_step=0, start=None):
+        self.dataset, self.args = dataset, args
+        self.is_stream, self.batch_size = isinstance(dataset, StreamedDataset), args.global_batch_size
+        self.first_step, self.start = 0, Position(0, 0, self.batch_size)
+        if first_step:
+            start = start or self.position(first_step)
+            self.first_step, self.start = first_step, Position(*start)
+        self.num_steps = args.max_steps
+        if self.num_steps <= 0:  # By epochs; the steps before count as if they had had the same batch size.
+            left = math.ceil(args.num_train_epochs * self.steps_per_epoch) - self.start.epoch * self.steps_per_epoch
+            done = self.steps_per_epoch - self.steps_left(self.start)
+            self.num_steps = self.first_step + left - done
+
+    @property
+    def steps_per_epoch(self):
+        """Optimizer steps of one pass over the training data."""
+        return self.steps_left(Position(self.start.epoch + 1, 0, self.batch_size))
+
+    def epoch_size(self, position):
+        """Samples of an epoch; with `drop_last_step`, without those of its incomplete last step."""
+        if self.is_stream:
+            return sys.maxsize
+        size = position.batch_size if self.args.drop_last_step else 1
+        return len(self.dataset) // size * size
+
+    def steps_left(self, position):
+        """Optimizer steps from a position to the end of its epoch."""
+        steps = max(0, self.epoch_size(position) - position.sample) / self.batch_size
+        return math.floor(steps) if self.args.drop_last_step else math.ceil(steps)
+
+    def position(self, step):
+        """Return the position after a step; at the end of an epoch, that is the beginning of the next one."""
+        steps, left = step - self.first_step, self.steps_left(self.start)
+        if steps < left:
+            return self.start._replace(sample=self.start.sample + steps * self.batch_size)
+        epochs, steps = divmod(steps - left, self.steps_per_epoch)
+        return Position(self.start.epoch + 1 + epochs, steps * self.batch_size, self.batch_size)
+
+    def epoch(self, step):
+        """Return the passes over the training data after a step: of a stream, the share of the run."""
+        if self.is_stream:
+            return step / self.num_steps
+        position = self.position(step)
+        return position.epoch + 1 - self.steps_left(position) / self.steps_per_epoch
+
+    def ends_epoch(self, step):
+        """Return whether a step is the last one of an epoch, or of the run."""
+        return step == self.num_steps or (step > 0 and self.position(step).sample == 0)
+
+    def steps(self):
+        """Yield the keys, or the samples of a stream, of each optimizer step to come: `batch_size` of them."""
+        last = max(1, self.num_steps - 1)
+        if self.is_stream:
+            samples = self.dataset.samples(self.args.order_seed, self.start.sample)
+            for step in range(self.first_step, self.num_steps):
+                yield [{**sample, "progress": step / last} for sample in itertools.islice(samples, self.batch_size)]
+            return
+        epoch = order = None
+        for step in range(self.first_step, self.num_steps):
+            position = self.position(step)
+            if position.epoch != epoch:
+                epoch, order = position.epoch, epoch_order(self.dataset, self.args, position)
+            indices = order[position.sample : position.sample + self.batch_size].tolist()
+            keys = [SampleKey(index, epoch, step / last) for index in indices]
+            yield fill_up(keys, self.batch_size)
+
+
+def epoch_order(dataset, args, position):
+    """Return the indices of the samples of an epoch in training order: int64 [N].
+
+    What an incomplete last step would hold is dropped from the random order, before it is sorted by length.
+    """
+    order, size = epoch_permutation(args.order_seed, position.epoch, len(dataset)), position.batch_size
+    if args.drop_last_step:
+        order = order[: len(order) // size * size]
+    return group_by_length(order, dataset.lengths, size) if args.group_by_length else order
 
 
 def epoch_permutation(seed, epoch, num_samples):
@@ -817,7 +900,7 @@ class MaskingCollator:
             return ids, np.where(ids == self.tokenizer.pad_token_id, IGNORED_LABEL, ids)
         index, self.samples_seen = sample.get("index", self.samples_seen), self.samples_seen + 1
         continues_word = sample.get("continues_word")
-        return mask_tokens(
+        inputs, labels = mask_tokens(
             ids,
             np.asarray(sample.get("special_tokens_mask", self.is_special[ids]), bool),
             sample_generator(self.seed, epoch, index),
@@ -828,6 +911,7 @@ class MaskingCollator:
             self.random_replace_prob,
             None if continues_word is None else np.asarray(continues_word, bool),
         )
+        return inputs, labels if sample.get("labelled", True) else np.full_like(labels, IGNORED_LABEL)
 
 
 @dataclass
@@ -969,26 +1053,23 @@ def load_tensorflow_model(path, config):
 
 
 # ---- 5. Training ----------------------------------------------------------------------------------------------------
-class EpochSampler(torch.utils.data.Sampler):
-    """Yields the keys of a `TokenizedDataset` in the order of the epoch, or the samples of a `StreamedDataset`."""
+class StepSampler(torch.utils.data.Sampler):
+    """Yields the samples of the steps of a `RunPlan` that this process still trains: keys, or samples of a stream."""
 
-    def __init__(self, dataset, args):
-        self.dataset, self.args, self.epoch = dataset, args, 0
-        self.seed = args.seed if args.data_seed is None else args.data_seed
-
-    def set_epoch(self, epoch):
-        """Called by the data loader before each epoch."""
-        self.epoch = epoch
+    def __init__(self, plan):
+        self.plan = plan
 
     def __len__(self):
-        return self.dataset.epoch_size
+        return self.plan.num_steps * self.plan.batch_size  # Those of the whole run: the Trainer counts steps from 0.
 
     def __iter__(self):
-        if isinstance(self.dataset, StreamedDataset):
-            yield from itertools.repeat(None, self.dataset.first)  # The Trainer skips these on a resume.
-            yield from itertools.islice(self.dataset.samples(self.seed), len(self.dataset) - self.dataset.first)
-        else:
-            yield from epoch_keys(self.dataset, self.seed, self.epoch).tolist()
+        return itertools.chain.from_iterable(self.plan.steps())
+
+
+def ignore_signals(worker_id):
+    """Make a loader worker ignore SIGTERM and Ctrl-C, which a whole process group gets: the main process ends it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def model_inputs(model, batch):
@@ -1051,13 +1132,15 @@ def find_sparse_start(model, collator, max_seq_length):
 class MaskedLMTrainer(Trainer):
     """Trainer whose loss is averaged over all masked tokens of an optimizer step (all its batches and processes)."""
 
-    def __init__(self, *args, sparse_start, **kwargs):
+    def __init__(self, *args, sparse_start, settings, **kwargs):
         super().__init__(*args, compute_metrics=masked_lm_metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
         if sparse_start and (self.args.gradient_checkpointing or self.args.torch_compile or self.args.fsdp):
             sparse_start = "encoder"  # Layers may run again in the backward pass, without the hook; FSDP wraps them.
         self.sparse_start = None if self.args.n_gpu > 1 else sparse_start  # DataParallel splits the batch.
-        self.first_step, self.timer = 0, (0, time.perf_counter())
+        self.settings, self.losses, self.plan = settings, LossSums(), None
+        self.micro_batch, self.step_loss, self.step_losses = 0, 0.0, []
+        self.timer = 0, time.perf_counter()
 
     def masked_logits(self, model, inputs):
         """Return (logits [K, V], labels [K]) at the masked positions."""
@@ -1085,11 +1168,11 @@ class MaskedLMTrainer(Trainer):
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Return the loss of a batch; raises `UserError` if it is not finite."""
+        """Return the loss of a batch. Its dropout is a function of (seed, step, batch of the step, process)."""
+        place = self.args.seed, self.state.global_step, self.micro_batch, self.args.process_index
+        set_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         loss = super().training_step(model, inputs, num_items_in_batch)
-        # Synchronizes with the device, as the Trainer's own NaN filter would; skipped on TPUs, like that.
-        if not is_torch_xla_available() and not torch.isfinite(loss):
-            raise UserError(f"the loss is {loss.item()} after step {self.state.global_step}; lower --learning_rate")
+        self.micro_batch, self.step_loss = self.micro_batch + 1, self.step_loss + loss
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -1110,10 +1193,13 @@ class MaskedLMTrainer(Trainer):
             samples = self.args.global_batch_size * (self.state.global_step - step)
             logs["tokens_per_second"] = round(self.train_dataset.tokens_per_sample * samples / (now - start))
             self.timer = self.state.global_step, now
-        if "train_loss" in logs and self.first_step:  # The Trainer mixes this process's part with the whole run.
-            start, steps = time.time() - logs["train_runtime"], self.state.global_step - self.first_step
+            self.average_losses()
+            logs["loss"] = self.losses.report()
+        if "train_loss" in logs:  # The Trainer reports the loss of this process's steps, and the speed of all steps.
+            start, steps = time.time() - logs["train_runtime"], self.state.global_step - self.plan.first_step
             logs |= speed_metrics("train", start, steps * self.args.global_batch_size, steps)
-            logs["train_loss"] = mean_logged_loss(self.state.log_history) or logs["train_loss"]
+            self.average_losses()
+            logs["train_loss"] = self.losses.mean()
         super().log(logs, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
@@ -1127,24 +1213,39 @@ class MaskedLMTrainer(Trainer):
     # Trainer internals: all of them are needed with Transformers 4.57 and 5.
 
     def _get_train_sampler(self, train_dataset=None):
-        return EpochSampler(self.train_dataset, self.args)  # There is no public way to give a sampler.
+        return StepSampler(self.plan)  # There is no public way to give a sampler.
 
     def _get_eval_sampler(self, eval_dataset):
         return torch.utils.data.SequentialSampler(eval_dataset)  # Not by length: masks and metrics go by index.
 
+    def get_train_dataloader(self):
+        """Return the loader of the steps to come; its workers ignore signals."""
+        loader = super().get_train_dataloader()
+        getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_signals
+        return loader
+
     def get_batch_samples(self, *args, **kwargs):
-        """Return the batches of a step, none if a finished run is resumed: the Trainer would train one more step."""
-        if self.state.global_step >= self.state.max_steps:
-            return [], None
+        """Return the batches of a step and the number of their masked tokens."""
+        self.micro_batch, self.step_loss = 0, 0.0
         batches, count = super().get_batch_samples(*args, **kwargs)
         if self.args.n_gpu > 1:  # The Trainer divides the count by the devices, but the loss here is a sum over all.
             count = sum((batch["labels"] != IGNORED_LABEL).sum() for batch in batches)
         return batches, count
 
-    def _inner_training_loop(self, batch_size=None, **kwargs):
-        # The Trainer would use the batch size of the checkpoint, although the number of processes may have changed.
-        batch_size = batch_size if self.args.auto_find_batch_size else self.args.train_batch_size
-        return super()._inner_training_loop(batch_size, **kwargs)
+    def _inner_training_loop(self, batch_size=None, resume_from_checkpoint=None, **kwargs):
+        args = self.args
+        if args.auto_find_batch_size:
+            args.per_device_train_batch_size = batch_size // max(1, args.n_gpu)
+        self._train_batch_size = args.train_batch_size  # The Trainer would use that of the checkpoint.
+        self.plan, self.losses = resume_run(self.train_dataset, args, self.settings, resume_from_checkpoint)
+        # To the Trainer, the run is one epoch of this many steps, and `StepSampler` begins where the run is.
+        max_steps, args.max_steps, args.ignore_data_skip = args.max_steps, self.plan.num_steps, True
+        try:
+            return super()._inner_training_loop(
+                self._train_batch_size, resume_from_checkpoint=resume_from_checkpoint, **kwargs
+            )
+        finally:
+            args.max_steps = max_steps
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with user_errors(f"the model in {resume_from_checkpoint}"):
@@ -1159,16 +1260,40 @@ class MaskedLMTrainer(Trainer):
             self.lr_scheduler.step()
 
     def _load_rng_state(self, checkpoint):
-        with user_errors(f"the random state in {checkpoint}"):
-            super()._load_rng_state(checkpoint)
+        pass  # No random number depends on what was drawn before.
 
     def _save_checkpoint(self, *args, **kwargs):
+        self.average_losses()
+        run = run_state(self.plan, self.losses, self.settings, self.state.global_step)
+        self.state.stateful_callbacks["run"] = run  # Part of `trainer_state.json`, which completes the checkpoint.
         with user_errors(f"--output_dir {self.args.output_dir}: a checkpoint cannot be written (is the disk full?)"):
             super()._save_checkpoint(*args, **kwargs)
 
+    def end_step(self):
+        """Count the loss of a step; it is read later on TPUs, where reading waits for the step."""
+        self.step_losses.append(self.step_loss)
+        if not is_torch_xla_available():
+            self.read_losses()
+        if self.plan.is_stream:
+            self.train_dataset.block_at(self.plan.position(self.state.global_step).sample)  # Forgets the ones before.
 
-class Checkpointing(TrainerCallback):
-    """Saves a checkpoint and stops after a signal; saves the place in a stream with each checkpoint."""
+    def read_losses(self):
+        """Add the losses of the latest steps to their sums; waits for the device."""
+        first = self.state.global_step - len(self.step_losses) + 1
+        for step, loss in enumerate(self.step_losses, first):
+            self.losses.add(float(loss), step)
+        self.step_losses = []
+
+    def average_losses(self):
+        """Replace the sum of the losses since the last report by its mean over the processes."""
+        self.read_losses()
+        if self.args.world_size > 1:
+            total = torch.tensor([self.losses.since_report], device=self.args.device)
+            self.losses.since_report = self.accelerator.gather(total).mean().item()
+
+
+class RunCallback(TrainerCallback):
+    """Decides what is due after each step, makes up an evaluation on a resume, and stops after a signal."""
 
     def __init__(self, trainer, signals, checkpoint):
         self.trainer, self.signals, self.checkpoint = trainer, signals, checkpoint
@@ -1181,16 +1306,37 @@ class Checkpointing(TrainerCallback):
         return self.signals.received
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Check and log the steps to come; delete the checkpoints that they replace, after the named one is loaded."""
+        """Check and log the steps to come; evaluate if a stop came before the evaluation of the last step."""
         if state.global_step > state.max_steps:
             raise UserError(f"checkpoint-{state.global_step} is already past the {state.max_steps} steps asked for")
+        state.compute_steps(args, state.max_steps)  # The Trainer would keep the intervals of the checkpoint.
+        log_training(args, self.trainer.model.num_parameters(), state.global_step, state.max_steps, args.learning_rate)
         if args.should_save and (self.checkpoint is None or args.overwrite_output_dir):
             for path in glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")):
                 if self.checkpoint is None or not os.path.samefile(path, self.checkpoint):
                     shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
-        parameters = self.trainer.model.num_parameters()
-        log_training(args, parameters, state.global_step, state.max_steps, args.learning_rate)
-        self.trainer.first_step, self.trainer.timer = state.global_step, (state.global_step, time.perf_counter())
+        args.eval_on_start &= state.global_step == 0
+        due = TrainerControl()
+        if self.checkpoint:
+            self.decide(args, state, due)
+        evaluated = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
+        if due.should_evaluate and state.global_step not in evaluated:
+            metrics = self.trainer._evaluate(None, None)
+            if self.trainer._determine_best_metric(metrics, None):
+                state.best_model_checkpoint = self.checkpoint
+        self.trainer.timer = state.global_step, time.perf_counter()
+
+    def decide(self, args, state, control):
+        """Set what is due after a step. The end of an epoch is that of its last step, so a checkpoint comes last."""
+        state.epoch = self.trainer.plan.epoch(state.global_step)
+        flow = DefaultFlowCallback()
+        flow.on_step_end(args, state, control)
+        if self.trainer.plan.ends_epoch(state.global_step):
+            flow.on_epoch_end(args, state, control)
+        last = state.global_step >= state.max_steps
+        control.should_log |= last and args.logging_strategy != "no"
+        if last and args.do_eval and not args.metric_for_best_model:  # `evaluate` follows; it decides about no model.
+            control.should_evaluate = False
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Save after a signal in an evaluation; an evaluation does not count as time of the training steps."""
@@ -1198,21 +1344,15 @@ class Checkpointing(TrainerCallback):
         self.trainer.timer = state.global_step, time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Save after a signal, before any evaluation; report the last step, and leave its evaluation to `evaluate`."""
+        """Count the loss, and save after a signal, before any evaluation."""
+        self.trainer.end_step()
+        self.decide(args, state, control)
         if self.received():
-            control.should_save, control.should_evaluate = True, False
-        control.should_log |= args.logging_strategy == "steps" and state.global_step >= state.max_steps
-        if args.do_eval and not args.metric_for_best_model:  # Else the evaluation decides which model is the best.
-            control.should_evaluate &= state.global_step < state.max_steps
-
-    on_epoch_end = on_step_end
+            control.should_save, control.should_evaluate, args.save_only_model = True, False, False
 
     def on_save(self, args, state, control, **kwargs):
-        """Write the place in the stream, and stop after a signal."""
-        folder = os.path.join(args.output_dir, f"checkpoint-{state.global_step}")
-        if args.should_save and isinstance(self.trainer.train_dataset, StreamedDataset):
-            self.trainer.train_dataset.save(folder, state.global_step)
-        logger.info(f"Saved {folder}.")
+        """Stop after a signal."""
+        logger.info(f"Saved {os.path.join(args.output_dir, f'checkpoint-{state.global_step}')}.")
         self.trainer.timer = state.global_step, time.perf_counter()
         if received := self.received():
             self.trainer.accelerator.wait_for_everyone()
@@ -1296,21 +1436,48 @@ def output_lock(training_args):
 
 
 class StopSignals:
-    """While active, SIGTERM and SIGINT are noted in `received` and do not end the process; a second one does."""
+    """Notes SIGTERM and SIGINT in `received` and ends the program; while `deferred`, it leaves that to the training.
+
+    A further SIGTERM changes nothing. A second Ctrl-C, seconds after the first, ends the program without a checkpoint.
+    """
 
     def __enter__(self):
-        self.received = 0
-        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.received, self.time, self.deferred, self.process = 0, 0.0, False, os.getpid()
+        in_main_thread = threading.current_thread() is threading.main_thread()  # No other may handle signals.
+        numbers = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+        self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
-
-    def note(self, number, frame):
-        """Handle a signal."""
-        self.received = number
-        signal.signal(number, self.previous[number])
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        """Handle a signal."""
+        again = number == self.received == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
+        if again or os.getpid() != self.process:  # Also in a process that was forked from this one.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.received:
+            self.received, self.time = number, time.monotonic()
+            if not self.deferred:
+                self.check()
+
+    def check(self):
+        """End the program if a signal has come: destructors and compiled code can swallow the first exception."""
+        if self.received:
+            logger.info(f"Stopped by {signal.Signals(self.received).name}.")
+            raise SystemExit(128 + self.received)
+
+    @contextlib.contextmanager
+    def defer(self):
+        """Only note signals in the block, which looks at `received` itself."""
+        self.check()
+        self.deferred = True
+        try:
+            yield
+        finally:
+            self.deferred = False
 
 
 def setup_logging(training_args):
@@ -1353,11 +1520,64 @@ def log_predictions(dataset, collator, predict):
         logger.info(f"    predicted (in the text): {', '.join(pairs) or 'nothing is masked here'}")
 
 
-def mean_logged_loss(log_history):
-    """Return the mean training loss over the steps that a log history reports."""
-    logged = [(0, 0.0)] + [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
-    steps = np.diff([step for step, _ in logged])
-    return float(np.average([loss for _, loss in logged[1:]], weights=steps)) if len(steps) else 0.0
+@dataclass
+class LossSums:
+    """Sums of the training losses of the steps: since the last report, and before it. A checkpoint carries them."""
+
+    since_report: float = 0.0
+    steps_since_report: int = 0
+    reported: float = 0.0
+    steps_reported: int = 0
+
+    def add(self, loss, step):
+        """Count the loss of a step; raises `UserError` if it is not finite."""
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} in step {step}; lower --learning_rate")
+        self.since_report, self.steps_since_report = self.since_report + loss, self.steps_since_report + 1
+
+    def report(self):
+        """Return the mean loss of the steps since the last report, and begin the next one."""
+        mean = self.since_report / max(1, self.steps_since_report)
+        self.reported += self.since_report
+        self.steps_reported += self.steps_since_report
+        self.since_report, self.steps_since_report = 0.0, 0
+        return mean
+
+    def mean(self):
+        """Return the mean loss of all steps."""
+        return (self.reported + self.since_report) / max(1, self.steps_reported + self.steps_since_report)
+
+
+def run_settings(data_args, training_args, max_seq_length, dataset):
+    """Return the settings that order and masks of the samples depend on, for a checkpoint."""
+    settings = {name: getattr(data_args, name) for name in ("line_by_line", "streaming", "whole_word_mask")}
+    for name in ("seed", "group_by_length", "drop_last_step"):
+        settings[name] = getattr(training_args, name)
+    order = {"shuffle_buffer_size": data_args.shuffle_buffer_size} if data_args.streaming else {"samples": len(dataset)}
+    return {**settings, **order, "order_seed": training_args.order_seed, "max_seq_length": max_seq_length}
+
+
+def run_state(plan, losses, settings, step):
+    """Return what a checkpoint after a step holds besides model and optimizer."""
+    position = plan.position(step)
+    block = plan.dataset.block_at(position.sample) if plan.is_stream else None
+    return {"position": position, "block": block, "losses": asdict(losses), "settings": settings}
+
+
+def resume_run(dataset, args, settings, checkpoint):
+    """Return (`RunPlan`, `LossSums`) of a new run, or of one that continues from a checkpoint."""
+    if checkpoint is None:
+        return RunPlan(dataset, args), LossSums()
+    with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+        state = json.load(file)
+    run = (state.get("stateful_callbacks") or {}).get("run") or {}  # Former versions wrote none.
+    if isinstance(dataset, StreamedDataset) and run.get("block"):
+        dataset.first_block = run["block"]
+    saved = {**settings, **run.get("settings", {})}
+    changed = [f"{name} {saved[name]} (now {settings[name]})" for name in settings if saved[name] != settings[name]]
+    if changed:
+        logger.warning(f"{checkpoint} has {', '.join(changed)}: samples may be repeated or left out in this epoch.")
+    return RunPlan(dataset, args, state["global_step"], run.get("position")), LossSums(**run.get("losses", {}))
 
 
 def build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
@@ -1382,6 +1602,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
             eval_dataset=tokenized.get("validation"),
             processing_class=tokenizer,
             sparse_start=sparse_start,
+            settings=run_settings(data_args, training_args, max_seq_length, tokenized.get("train", ())),
         )
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and not hasattr(training_args, "logging_dir"):
@@ -1390,22 +1611,21 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
     return trainer
 
 
-def train(trainer, step, checkpoint):
+def train(trainer, checkpoint, signals):
     """Train, save the model and return the metrics; exits with 128 + signal, checkpoint saved, after a signal."""
-    args, dataset = trainer.args, trainer.train_dataset
-    if checkpoint and isinstance(dataset, StreamedDataset):
-        dataset.resume(checkpoint, step)
+    args = trainer.args
     logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
-    with StopSignals() as signals:
-        callback = Checkpointing(trainer, signals, checkpoint)
-        trainer.add_callback(callback)
+    callback = RunCallback(trainer, signals, checkpoint)
+    trainer.remove_callback(DefaultFlowCallback)  # `RunCallback` calls it.
+    trainer.add_callback(callback)
+    with signals.defer():
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         with user_errors(f"--output_dir {args.output_dir}"):
             trainer.save_model(_internal_call=True)  # Without an upload: `publish` does that.
         if callback.received():
             logger.info(f"Stopped by {signal.Signals(signals.received).name} after the last step; the model is saved.")
             raise SystemExit(128 + signals.received)
-    metrics["train_samples"] = len(dataset)
+    metrics["train_samples"] = len(trainer.train_dataset)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
@@ -1459,8 +1679,8 @@ def main(argv=None):
     model_args, data_args, training_args = parse_args(argv)
     setup_logging(training_args)
     atexit.register(leave_process_group)
-    with output_lock(training_args), logging_redirect_tqdm():
-        step, checkpoint = find_checkpoint(training_args)
+    with StopSignals() as signals, output_lock(training_args), logging_redirect_tqdm():
+        _, checkpoint = find_checkpoint(training_args)
         tokenizer = load_tokenizer(model_args)
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)
         config = load_config(model_args, tokenizer)
@@ -1479,7 +1699,7 @@ def main(argv=None):
         trainer = build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
         metrics = {}
         if training_args.do_train:
-            metrics |= train(trainer, step, checkpoint)
+            metrics |= train(trainer, checkpoint, signals)
         if training_args.do_eval:
             metrics |= evaluate(trainer)
         if training_args.do_train:

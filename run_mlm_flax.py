@@ -31,9 +31,10 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
-from dataclasses import dataclass, field
-from typing import Any, Literal, Optional
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple, Optional
 
 if __name__ == "__main__":  # As a program, do not import a framework that is installed but not used.
     os.environ.setdefault("USE_TORCH", "0")
@@ -113,9 +114,9 @@ OFFSET_POSITIONS = (
     "xmod"
 ).split()
 LENGTH_WINDOW = 50  # Batches whose samples `--group_by_length` sorts together.
-STREAM_STATE = "stream_state.json"  # In a checkpoint: where the current block of the stream begins.
 STREAMED_VALIDATION = 1000  # Texts taken from the beginning of a stream without validation data.
 IGNORED_LABEL = -100
+SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
 EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
 ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other numbers than masks do.
 
@@ -252,6 +253,11 @@ class TrainingArguments:
     def global_batch_size(self):
         """Samples per optimizer step, over all devices."""
         return self.train_batch_size * self.gradient_accumulation_steps * jax.device_count()
+
+    @property
+    def order_seed(self):
+        """Seed of the order of the samples."""
+        return self.seed
 
     @property
     def writes_results(self):
@@ -556,7 +562,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
             encode(pa.table({column: ["a"]}))  # Sets the tokenizer's truncation, which is a part of the cache key.
             rows = encode_dataset(raw, encode, data_args, f"Tokenizing the {split} data")
         rows = rows.select(range(min(limit or len(rows), len(rows))))
-        tokenized[split] = TokenizedDataset(rows, training_args, fixed_masks=split == "validation")
+        tokenized[split] = TokenizedDataset(rows, fixed_masks=split == "validation")
         log_data(split, len(raw), rows, tokenizer)
     return tokenized
 
@@ -580,43 +586,41 @@ def check_samples(tokenized, training_args):
         raise UserError(f"the train data has fewer samples ({samples}) than a step ({size}): see {remedies}")
 
 
+class SampleKey(NamedTuple):
+    """Names a sample, how far training is (from 0 to 1), and whether it has labels: masks follow from these alone."""
+
+    index: int
+    epoch: int = 0
+    progress: float = 0.0
+    labelled: bool = True
+
+
+def fill_up(keys, size):
+    """Return `size` keys: what is missing repeats the first sample without labels, so that each sample counts once."""
+    return keys + [keys[0]._replace(labelled=False)] * (size - len(keys))
+
+
 class TokenizedDataset:
-    """Tokenized samples. The key of a sample is `place * len(self) + index`; places count the samples of the run.
+    """Tokenized samples, which are read by a `SampleKey` or an index.
 
     With `fixed_masks` the epoch is a constant: every evaluation masks the same tokens.
     """
 
-    def __init__(self, dataset, args=None, fixed_masks=False):
-        self.dataset, self.args, self.fixed_masks = dataset.with_format("arrow"), args, fixed_masks
+    def __init__(self, dataset, fixed_masks=False):
+        self.dataset, self.fixed_masks = dataset.with_format("arrow"), fixed_masks
 
     def __len__(self):
         return len(self.dataset)
 
-    @property
-    def epoch_size(self):
-        """Samples of an epoch; with `drop_last_step`, without those of an incomplete last step."""
-        size = self.args.global_batch_size if self.args and self.args.drop_last_step else 1
-        return len(self) // size * size
-
-    @property
-    def run_size(self):
-        """Samples of the whole run."""
-        args = self.args
-        if args and args.max_steps > 0:
-            return args.max_steps * self.epoch_size / max(1, math.ceil(self.epoch_size / args.global_batch_size))
-        return math.ceil(self.epoch_size * (args.num_train_epochs if args else 1))
-
     def __getitems__(self, keys):
-        """Return the samples: {"input_ids": int [L], "epoch", "index", "progress"}, maybe with "continues_word"."""
-        places, indices = np.divmod(np.asarray(keys), len(self))
-        epochs, progress = places // max(1, self.epoch_size), np.minimum(1, places / max(1, self.run_size))
-        table = self.dataset[indices]
+        """Return the samples: {"input_ids": int [L], "epoch", "index", "progress", "labelled"}, and other columns."""
+        keys = [key if isinstance(key, SampleKey) else SampleKey(int(key)) for key in keys]
+        table = self.dataset[[key.index for key in keys]]
         columns = {name: table[name].combine_chunks() for name in table.column_names}
         samples = []
-        for i, (epoch, index, share) in enumerate(zip(epochs.tolist(), indices.tolist(), progress.tolist())):
-            sample = {name: column[i].values.to_numpy() for name, column in columns.items()}
-            epoch = EVAL_EPOCH if self.fixed_masks else epoch
-            samples.append({**sample, "epoch": epoch, "index": index, "progress": share})
+        for i, key in enumerate(keys):
+            sample = {name: array_value(column[i]) for name, column in columns.items()}
+            samples.append({**sample, **key._asdict(), "epoch": EVAL_EPOCH if self.fixed_masks else key.epoch})
         return samples
 
     def __getitem__(self, key):
@@ -633,19 +637,24 @@ class TokenizedDataset:
         return self.lengths.mean()
 
 
+def array_value(scalar):
+    """Return an Arrow scalar as a Python value, a list as a NumPy array."""
+    return scalar.values.to_numpy() if isinstance(scalar, pa.ListScalar) else scalar.as_py()
+
+
 class StreamedDataset:
     """Samples that are tokenized while training reads them, pass after pass, shuffled in blocks of `block_size` rows.
 
     A sampler yields the samples themselves instead of keys, so `dataset[sample]` is the sample. Order and masks depend
-    on (seed, pass, row) alone; `states` are the places in the text where the latest blocks begin, for checkpoints.
+    on (seed, pass, row) alone; `blocks` are the places in the text where the latest blocks begin, for checkpoints.
     """
 
     def __init__(self, raw, encode, block_size, rows_per_pass, args):
         self.raw = raw.with_format("arrow")
         self.encode, self.args = encode, args
         self.block_size, self.rows_per_pass = block_size, rows_per_pass
-        self.first = 0  # Number of the first sample of this run: not 0 after a resume.
-        self.states = [{"first": 0, "epoch": 0, "row": 0, "raw": None, "skip": 0}]
+        self.first_block = {"first": 0, "epoch": 0, "row": 0, "raw": None, "skip": 0}  # Of this process.
+        self.blocks = [self.first_block]
         self.num_samples = self.num_tokens = 0  # Read so far.
 
     def __len__(self):
@@ -659,58 +668,48 @@ class StreamedDataset:
         """The mean number of tokens of the samples read so far."""
         return self.num_tokens / max(1, self.num_samples)
 
-    def rows(self, state):
-        """Yield (the changes of the state, row) from a state to the end of the pass."""
+    def rows(self, block):
+        """Yield (the changes of the place, row) from the beginning of a block to the end of the pass."""
         raw = copy.deepcopy(self.raw)
-        raw.load_state_dict(state["raw"])
-        before, skip = state["raw"], state["skip"]
+        raw.load_state_dict(block["raw"])
+        before, skip = block["raw"], block["skip"]
         with user_errors("the streamed training data"):
             for texts in raw.iter(ENCODE_BATCH):
                 table = self.encode(texts)
                 columns = {name: table[name].combine_chunks() for name in table.column_names}
                 for i in range(skip, len(table)):
-                    row = {name: column[i].values.to_numpy() for name, column in columns.items()}
+                    row = {name: array_value(column[i]) for name, column in columns.items()}
                     yield {"raw": before, "skip": i}, row
                 before, skip = raw.state_dict(), 0
 
-    def samples(self, seed):
-        """Yield the samples of the run from number `self.first` on, pass after pass without end."""
-        state, self.states = self.state_at(self.first), []
+    def samples(self, seed, first):
+        """Yield the samples of the run from number `first` on, pass after pass without end."""
+        block, self.blocks = self.first_block, []
         while True:
-            stop = None if self.rows_per_pass is None else self.rows_per_pass - state["row"]
-            rows = itertools.islice(self.rows(state), stop)
-            while block := list(itertools.islice(rows, self.block_size)):
-                state = {**state, **block[0][0]}
-                self.states.append(state)
-                lengths = np.array([len(row["input_ids"]) for _, row in block])
-                self.num_samples, self.num_tokens = self.num_samples + len(block), self.num_tokens + lengths.sum()
-                order = sample_generator(seed, state["epoch"], ORDER_KEYS + state["row"]).permutation(len(block))
+            stop = None if self.rows_per_pass is None else self.rows_per_pass - block["row"]
+            rows = itertools.islice(self.rows(block), stop)
+            while read := list(itertools.islice(rows, self.block_size)):
+                block = {"batch": self.args.global_batch_size, **block, **read[0][0]}
+                self.blocks.append(block)
+                lengths = np.array([len(row["input_ids"]) for _, row in read])
+                self.num_samples, self.num_tokens = self.num_samples + len(read), self.num_tokens + lengths.sum()
+                order = sample_generator(seed, block["epoch"], ORDER_KEYS + block["row"]).permutation(len(read))
                 if self.args.group_by_length:
-                    order = group_by_length(order, lengths, self.args.global_batch_size)
-                for place in range(max(0, self.first - state["first"]), len(block)):
-                    key = {"epoch": state["epoch"], "index": state["row"] + int(order[place])}
-                    yield {**key, "progress": min(1, (state["first"] + place) / len(self)), **block[order[place]][1]}
-                state = {**state, "first": state["first"] + len(block), "row": state["row"] + len(block)}
-            if not state["row"]:
+                    order = group_by_length(order, lengths, block["batch"])
+                for place in range(max(0, first - block["first"]), len(read)):
+                    key = {"epoch": block["epoch"], "index": block["row"] + int(order[place])}
+                    yield {**key, **read[order[place]][1]}
+                block = {**block, "first": block["first"] + len(read), "row": block["row"] + len(read)}
+                del block["batch"]
+            if not block["row"]:
                 raise UserError("the train data holds no sample: give more text or lower --max_seq_length")
-            state = {**state, "epoch": state["epoch"] + 1, "row": 0, "raw": None, "skip": 0}
+            block = {**block, "epoch": block["epoch"] + 1, "row": 0, "raw": None, "skip": 0}
 
-    def state_at(self, number):
-        """Return the state at the beginning of the block that holds sample `number`, and forget those before it."""
-        while len(self.states) > 1 and self.states[1]["first"] <= number:
-            self.states.pop(0)
-        return self.states[0]
-
-    def save(self, folder, step):
-        """Write where the block of a step begins; without this file, a resume reads from the beginning."""
-        write_json(os.path.join(folder, STREAM_STATE), self.state_at(step * self.args.global_batch_size))
-
-    def resume(self, folder, step):
-        """Continue after `step` steps."""
-        self.first, path = step * self.args.global_batch_size, os.path.join(folder, STREAM_STATE)
-        if os.path.exists(path):
-            with user_errors(path), open(path, encoding="utf-8") as file:
-                self.states = [json.load(file)]
+    def block_at(self, number):
+        """Return the place of the block that holds sample `number`, and forget the blocks before it."""
+        while len(self.blocks) > 1 and self.blocks[1]["first"] <= number:
+            self.blocks.pop(0)
+        return self.blocks[0]
 
 
 def group_by_length(order, lengths, batch_size):
@@ -719,15 +718,97 @@ def group_by_length(order, lengths, batch_size):
     return np.concatenate([window[np.argsort(-lengths[window], kind="stable")] for window in windows])
 
 
-def epoch_keys(dataset, seed, epoch):
-    """Return the keys of the samples of an epoch in training order: int64 [`dataset.epoch_size`].
+class Position(NamedTuple):
+    """A place in the training data: epoch, samples of it that are trained, global batch size that its order is for."""
 
-    Sorting and dropping go by whole optimizer steps, so they do not depend on how a step is split.
+    epoch: int
+    sample: int
+    batch_size: int
+
+
+class RunPlan:
+    """Which samples each optimizer step of a run trains on: a function of data, arguments and the step alone.
+
+    An epoch is a pass over the samples; a stream is one epoch without end. `start` is the position of this process,
+    which follows `first_step` steps. They may have had another batch size: the position counts samples.
     """
-    order = epoch_permutation(seed, epoch, len(dataset))
-    if dataset.args.group_by_length:
-        order = group_by_length(order, dataset.lengths, dataset.args.global_batch_size)
-    return (epoch * dataset.epoch_size + np.arange(dataset.epoch_size)) * len(dataset) + order[: dataset.epoch_size]
+
+    def __init__(self, dataset, args, first_step=0, start=None):
+        self.dataset, self.args = dataset, args
+        self.is_stream, self.batch_size = isinstance(dataset, StreamedDataset), args.global_batch_size
+        self.first_step, self.start = 0, Position(0, 0, self.batch_size)
+        if first_step:
+            start = start or self.position(first_step)
+            self.first_step, self.start = first_step, Position(*start)
+        self.num_steps = args.max_steps
+        if self.num_steps <= 0:  # By epochs; the steps before count as if they had had the same batch size.
+            left = math.ceil(args.num_train_epochs * self.steps_per_epoch) - self.start.epoch * self.steps_per_epoch
+            done = self.steps_per_epoch - self.steps_left(self.start)
+            self.num_steps = self.first_step + left - done
+
+    @property
+    def steps_per_epoch(self):
+        """Optimizer steps of one pass over the training data."""
+        return self.steps_left(Position(self.start.epoch + 1, 0, self.batch_size))
+
+    def epoch_size(self, position):
+        """Samples of an epoch; with `drop_last_step`, without those of its incomplete last step."""
+        if self.is_stream:
+            return sys.maxsize
+        size = position.batch_size if self.args.drop_last_step else 1
+        return len(self.dataset) // size * size
+
+    def steps_left(self, position):
+        """Optimizer steps from a position to the end of its epoch."""
+        steps = max(0, self.epoch_size(position) - position.sample) / self.batch_size
+        return math.floor(steps) if self.args.drop_last_step else math.ceil(steps)
+
+    def position(self, step):
+        """Return the position after a step; at the end of an epoch, that is the beginning of the next one."""
+        steps, left = step - self.first_step, self.steps_left(self.start)
+        if steps < left:
+            return self.start._replace(sample=self.start.sample + steps * self.batch_size)
+        epochs, steps = divmod(steps - left, self.steps_per_epoch)
+        return Position(self.start.epoch + 1 + epochs, steps * self.batch_size, self.batch_size)
+
+    def epoch(self, step):
+        """Return the passes over the training data after a step: of a stream, the share of the run."""
+        if self.is_stream:
+            return step / self.num_steps
+        position = self.position(step)
+        return position.epoch + 1 - self.steps_left(position) / self.steps_per_epoch
+
+    def ends_epoch(self, step):
+        """Return whether a step is the last one of an epoch, or of the run."""
+        return step == self.num_steps or (step > 0 and self.position(step).sample == 0)
+
+    def steps(self):
+        """Yield the keys, or the samples of a stream, of each optimizer step to come: `batch_size` of them."""
+        last = max(1, self.num_steps - 1)
+        if self.is_stream:
+            samples = self.dataset.samples(self.args.order_seed, self.start.sample)
+            for step in range(self.first_step, self.num_steps):
+                yield [{**sample, "progress": step / last} for sample in itertools.islice(samples, self.batch_size)]
+            return
+        epoch = order = None
+        for step in range(self.first_step, self.num_steps):
+            position = self.position(step)
+            if position.epoch != epoch:
+                epoch, order = position.epoch, epoch_order(self.dataset, self.args, position)
+            indices = order[position.sample : position.sample + self.batch_size].tolist()
+            keys = [SampleKey(index, epoch, step / last) for index in indices]
+            yield fill_up(keys, self.batch_size)
+
+
+def epoch_order(dataset, args, position):
+    """Return the indices of the samples of an epoch in training order: int64 [N].
+
+    What an incomplete last step would hold is dropped from the random order, before it is sorted by length.
+    """
+    order, size = epoch_permutation(args.order_seed, position.epoch, len(dataset)), position.batch_size
+    if args.drop_last_step:
+        order = order[: len(order) // size * size]
+    return group_by_length(order, dataset.lengths, size) if args.group_by_length else order
 
 
 def epoch_permutation(seed, epoch, num_samples):
@@ -826,7 +907,7 @@ class MaskingCollator:
             return ids, np.where(ids == self.tokenizer.pad_token_id, IGNORED_LABEL, ids)
         index, self.samples_seen = sample.get("index", self.samples_seen), self.samples_seen + 1
         continues_word = sample.get("continues_word")
-        return mask_tokens(
+        inputs, labels = mask_tokens(
             ids,
             np.asarray(sample.get("special_tokens_mask", self.is_special[ids]), bool),
             sample_generator(self.seed, epoch, index),
@@ -837,6 +918,7 @@ class MaskingCollator:
             self.random_replace_prob,
             None if continues_word is None else np.asarray(continues_word, bool),
         )
+        return inputs, labels if sample.get("labelled", True) else np.full_like(labels, IGNORED_LABEL)
 
 
 class FlaxDataCollatorForLanguageModeling(MaskingCollator):
@@ -1182,42 +1264,47 @@ class TrainState(train_state.TrainState):
     grad_norm: jax.Array
 
 
-def training_step(optimizer, batch, dropout_rng, *, label_smoothing=0.0):
-    """Return (loss, optimizer, new_dropout_rng) after one update, under `jax.pmap` over the axis "batch".
+def training_step(state, batch, dropout_rng, *, label_smoothing=0.0):
+    """Return (loss, state, dropout_rng) after one update, under `jax.pmap` over the axis "batch".
 
-    `optimizer` is a `TrainState`, `batch` holds arrays int32 [B, ...], or [A, B, ...] to accumulate the gradients of A
-    batches. The loss is the mean over the labels (those of 0 and above) of all devices and batches.
+    `batch` holds arrays int32 [B, ...], or [A, B, ...] to accumulate the gradients of A batches. The loss is the mean
+    over the labels (those of 0 and above) of all devices and batches. Dropout is a function of (`dropout_rng` of the
+    device, step, batch of the step).
     """
     if batch["input_ids"].ndim == 2:
         batch = jax.tree.map(lambda array: array[None], batch)
-    dropout_rng, new_dropout_rng = jax.random.split(dropout_rng)
     # Each device divides its sum by the mean count: the mean over the devices is then that over all labels.
     count = jnp.maximum(lax.pmean((batch["labels"] >= 0).sum().astype(jnp.float32), "batch"), 1e-9)
 
     def batch_loss(params, batch, rng):
-        logits, labels = optimizer.apply_fn(params, batch, rng), batch["labels"]
+        logits, labels = state.apply_fn(params, batch, rng), batch["labels"]
         return cross_entropy(logits, jnp.maximum(labels, 0), labels >= 0, label_smoothing)[0] / count
 
     def accumulate(total, inputs):
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(batch_loss)(optimizer.params, *inputs)), None
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(batch_loss)(state.params, *inputs)), None
 
     num_batches = len(batch["labels"])
-    inputs = batch, jax.random.split(dropout_rng, num_batches)
+    inputs = batch, jax.random.split(jax.random.fold_in(dropout_rng, state.step), num_batches)
     if num_batches == 1:  # Without a second copy of the gradients.
         inputs = jax.tree.map(lambda array: array[0], inputs)
-        loss, gradients = jax.value_and_grad(batch_loss)(optimizer.params, *inputs)
+        loss, gradients = jax.value_and_grad(batch_loss)(state.params, *inputs)
     else:
-        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, optimizer.params)
+        zero = jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params)
         (loss, gradients), _ = lax.scan(accumulate, zero, inputs)
     if lax.axis_size("batch") > 1:  # XLA would copy all gradients of a single device.
         loss, gradients = lax.pmean((loss, gradients), "batch")
-    return loss, optimizer.apply_gradients(grads=gradients, grad_norm=optax.tree.norm(gradients)), new_dropout_rng
+    return loss, state.apply_gradients(grads=gradients, grad_norm=optax.tree.norm(gradients)), dropout_rng
 
 
 def eval_step(params, batch, *, apply_fn):
-    """Return the sums {"loss", "accuracy", "normalizer"} over the labels of all devices, under `jax.pmap`."""
-    labels = batch["labels"]
-    return lax.psum(compute_metrics(apply_fn(params, batch), jnp.maximum(labels, 0), labels >= 0), "batch")
+    """Return the sums {"loss", "accuracy", "normalizer"} of each sample, [D, B] on every device, under `jax.pmap`."""
+    size, length = batch["input_ids"].shape
+    logits, labels = apply_fn(params, batch), batch["labels"].ravel()
+    positions = batch.get("positions", jnp.arange(size * length))
+    logits = logits.reshape(-1, logits.shape[-1])
+    metrics = jax.vmap(compute_metrics)(logits, jnp.maximum(labels, 0), labels >= 0)
+    sums = jax.tree.map(lambda values: jax.ops.segment_sum(values, positions // length, size), metrics)
+    return lax.all_gather(sums, "batch")
 
 
 def generate_batch_splits(samples_idx, batch_size, drop_last=True):
@@ -1308,21 +1395,48 @@ def output_lock(training_args):
 
 
 class StopSignals:
-    """While active, SIGTERM and SIGINT are noted in `received` and do not end the process; a second one does."""
+    """Notes SIGTERM and SIGINT in `received` and ends the program; while `deferred`, it leaves that to the training.
+
+    A further SIGTERM changes nothing. A second Ctrl-C, seconds after the first, ends the program without a checkpoint.
+    """
 
     def __enter__(self):
-        self.received = 0
-        self.previous = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self.received, self.time, self.deferred, self.process = 0, 0.0, False, os.getpid()
+        in_main_thread = threading.current_thread() is threading.main_thread()  # No other may handle signals.
+        numbers = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+        self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
-
-    def note(self, number, frame):
-        """Handle a signal."""
-        self.received = number
-        signal.signal(number, self.previous[number])
 
     def __exit__(self, *error):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+
+    def handle(self, number, frame):
+        """Handle a signal."""
+        again = number == self.received == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
+        if again or os.getpid() != self.process:  # Also in a process that was forked from this one.
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        elif not self.received:
+            self.received, self.time = number, time.monotonic()
+            if not self.deferred:
+                self.check()
+
+    def check(self):
+        """End the program if a signal has come: destructors and compiled code can swallow the first exception."""
+        if self.received:
+            logger.info(f"Stopped by {signal.Signals(self.received).name}.")
+            raise SystemExit(128 + self.received)
+
+    @contextlib.contextmanager
+    def defer(self):
+        """Only note signals in the block, which looks at `received` itself."""
+        self.check()
+        self.deferred = True
+        try:
+            yield
+        finally:
+            self.deferred = False
 
 
 def setup_logging(training_args):
@@ -1365,11 +1479,64 @@ def log_predictions(dataset, collator, predict):
         logger.info(f"    predicted (in the text): {', '.join(pairs) or 'nothing is masked here'}")
 
 
-def mean_logged_loss(log_history):
-    """Return the mean training loss over the steps that a log history reports."""
-    logged = [(0, 0.0)] + [(entry["step"], entry["loss"]) for entry in log_history if "loss" in entry]
-    steps = np.diff([step for step, _ in logged])
-    return float(np.average([loss for _, loss in logged[1:]], weights=steps)) if len(steps) else 0.0
+@dataclass
+class LossSums:
+    """Sums of the training losses of the steps: since the last report, and before it. A checkpoint carries them."""
+
+    since_report: float = 0.0
+    steps_since_report: int = 0
+    reported: float = 0.0
+    steps_reported: int = 0
+
+    def add(self, loss, step):
+        """Count the loss of a step; raises `UserError` if it is not finite."""
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} in step {step}; lower --learning_rate")
+        self.since_report, self.steps_since_report = self.since_report + loss, self.steps_since_report + 1
+
+    def report(self):
+        """Return the mean loss of the steps since the last report, and begin the next one."""
+        mean = self.since_report / max(1, self.steps_since_report)
+        self.reported += self.since_report
+        self.steps_reported += self.steps_since_report
+        self.since_report, self.steps_since_report = 0.0, 0
+        return mean
+
+    def mean(self):
+        """Return the mean loss of all steps."""
+        return (self.reported + self.since_report) / max(1, self.steps_reported + self.steps_since_report)
+
+
+def run_settings(data_args, training_args, max_seq_length, dataset):
+    """Return the settings that order and masks of the samples depend on, for a checkpoint."""
+    settings = {name: getattr(data_args, name) for name in ("line_by_line", "streaming", "whole_word_mask")}
+    for name in ("seed", "group_by_length", "drop_last_step"):
+        settings[name] = getattr(training_args, name)
+    order = {"shuffle_buffer_size": data_args.shuffle_buffer_size} if data_args.streaming else {"samples": len(dataset)}
+    return {**settings, **order, "order_seed": training_args.order_seed, "max_seq_length": max_seq_length}
+
+
+def run_state(plan, losses, settings, step):
+    """Return what a checkpoint after a step holds besides model and optimizer."""
+    position = plan.position(step)
+    block = plan.dataset.block_at(position.sample) if plan.is_stream else None
+    return {"position": position, "block": block, "losses": asdict(losses), "settings": settings}
+
+
+def resume_run(dataset, args, settings, checkpoint):
+    """Return (`RunPlan`, `LossSums`) of a new run, or of one that continues from a checkpoint."""
+    if checkpoint is None:
+        return RunPlan(dataset, args), LossSums()
+    with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+        state = json.load(file)
+    run = (state.get("stateful_callbacks") or {}).get("run") or {}  # Former versions wrote none.
+    if isinstance(dataset, StreamedDataset) and run.get("block"):
+        dataset.first_block = run["block"]
+    saved = {**settings, **run.get("settings", {})}
+    changed = [f"{name} {saved[name]} (now {settings[name]})" for name in settings if saved[name] != settings[name]]
+    if changed:
+        logger.warning(f"{checkpoint} has {', '.join(changed)}: samples may be repeated or left out in this epoch.")
+    return RunPlan(dataset, args, state["global_step"], run.get("position")), LossSums(**run.get("losses", {}))
 
 
 def connect_processes(data_args, args):
@@ -1434,7 +1601,11 @@ class Run:
     max_seq_length: int
     pad_to_max_length: bool
     sparse_start: Optional[str]
+    settings: dict
     step: int = 0
+    plan: Optional[RunPlan] = None
+    losses: LossSums = field(default_factory=LossSums)
+    unread: list = field(default_factory=list)  # Losses of the latest steps, on the devices.
     log_history: list = field(default_factory=list)
     timer: tuple = (0, 0.0)  # Step and time from which `tokens_per_second` is measured.
 
@@ -1444,22 +1615,9 @@ class Run:
         self.writer = SummaryWriter(os.path.join(self.args.output_dir, "logs")) if self.args.should_log else None
 
     @property
-    def steps_per_epoch(self):
-        """Optimizer steps of one pass over the training data."""
-        steps = len(self.tokenized["train"]) / self.args.global_batch_size
-        return math.floor(steps) if self.args.drop_last_step else math.ceil(steps)
-
-    @property
-    def num_steps(self):
-        """Optimizer steps of the whole run."""
-        if self.args.max_steps > 0:
-            return self.args.max_steps
-        return math.ceil(self.args.num_train_epochs * self.steps_per_epoch)
-
-    @property
     def epoch(self):
         """{"epoch": passes over the training data so far}, or {} without training."""
-        return {"epoch": self.step / self.steps_per_epoch} if self.args.do_train else {}
+        return {"epoch": self.plan.epoch(self.step)} if self.plan else {}
 
     def log(self, logs):
         """Record values in the history and on the charts, under the Trainer's names."""
@@ -1474,19 +1632,17 @@ class Run:
     def batch(self, dataset, keys, rows, accumulation=1):
         """Return this process's part of the batch of samples `keys`: arrays [D, A, B, L], D its own devices.
 
-        Missing samples are copies of the first one without labels. All samples decide the length, which is one of few.
+        All samples decide the length, which is one of few.
         """
-        places = np.arange(rows * accumulation * jax.device_count())
-        own = places.reshape(accumulation, jax.process_count(), -1)[:, jax.process_index()].ravel()
-        own_keys = [keys[i] if i < len(keys) else keys[0] for i in own.tolist()]
+        places = np.arange(len(keys)).reshape(accumulation, jax.process_count(), -1)
+        own_keys = [keys[i] for i in places[:, jax.process_index()].ravel()]
         if isinstance(dataset, StreamedDataset):
             samples, longest = own_keys, max(len(sample["input_ids"]) for sample in keys)
         else:
-            samples, longest = dataset.__getitems__(own_keys), dataset.lengths[np.asarray(keys) % len(dataset)].max()
+            samples, longest = dataset.__getitems__(own_keys), dataset.lengths[[key.index for key in keys]].max()
         multiple = 8 * math.ceil(self.max_seq_length / MAX_SHAPES / 8)
         length = min(self.max_seq_length, multiple * math.ceil(longest / multiple))
         batch = self.collator(samples, length=self.max_seq_length if self.pad_to_max_length else length)
-        batch["labels"][own >= len(keys)] = IGNORED_LABEL
         batch = {name: a.reshape(accumulation, -1, rows, a.shape[-1]).swapaxes(0, 1) for name, a in batch.items()}
         if self.sparse_start:
             slots = label_slots(batch["labels"], self.collator.probability(samples[0]["epoch"]))
@@ -1503,42 +1659,27 @@ def build_run(model_args, data_args, training_args, model, tokenizer, tokenized,
     if training_args.push_to_hub and training_args.should_log:
         create_repository(training_args)  # Fails before the training, not after it.
     pad = data_args.pad_to_max_length
-    return Run(training_args, model, tokenizer, collator, tokenized, max_seq_length, pad, sparse_start)
-
-
-def training_batches(run):
-    """Yield the sample keys of the optimizer steps to come, epoch after epoch without end."""
-    dataset, args = run.tokenized["train"], run.args
-    if isinstance(dataset, StreamedDataset):
-        samples = dataset.samples(args.seed)
-        yield from iter(lambda: list(itertools.islice(samples, args.global_batch_size)), [])
-    first_epoch, done = divmod(run.step, run.steps_per_epoch)
-    for epoch in itertools.count(first_epoch):
-        keys = epoch_keys(dataset, args.seed, epoch)
-        batches = generate_batch_splits(keys, args.global_batch_size, drop_last=False)
-        yield from batches[done if epoch == first_epoch else 0 :]
+    settings = run_settings(data_args, training_args, max_seq_length, tokenized.get("train", ()))
+    return Run(training_args, model, tokenizer, collator, tokenized, max_seq_length, pad, sparse_start, settings)
 
 
 def create_training_state(run, schedule, checkpoint):
-    """Return (optimizer, dropout_rngs) on every device, new or as in a checkpoint, which every process reads."""
-    args, params, tx = run.args, run.model.params, create_optimizer(run.args, schedule)
-    keys = jax.random.key_data(jax.random.split(jax.random.key(args.seed, impl="rbg"), jax.device_count()))
-    opt_state = tx.init(params)
+    """Return (state, dropout_rngs) on every device, new or as in a checkpoint, which every process reads."""
+    args, params, optimizer = run.args, run.model.params, create_optimizer(run.args, schedule)
+    opt_state = optimizer.init(params)
     if checkpoint:
-        with user_errors(f"the checkpoint {checkpoint}"):
-            with open(os.path.join(checkpoint, "optimizer.msgpack"), "rb") as file:
-                opt_state, saved_keys = serialization.from_bytes((opt_state, keys), file.read())
-            if saved_keys.shape == keys.shape:
-                keys = saved_keys  # On another number of devices, dropout differs.
-    optimizer = TrainState(
-        step=run.step, apply_fn=run.apply_fn, params=params, tx=tx, opt_state=opt_state, grad_norm=jnp.zeros(())
+        path = os.path.join(checkpoint, "optimizer.msgpack")
+        with user_errors(f"the optimizer state in {checkpoint}"), open(path, "rb") as file:
+            opt_state = serialization.from_bytes(opt_state, file.read())
+    state = TrainState(
+        step=run.step, apply_fn=run.apply_fn, params=params, tx=optimizer, opt_state=opt_state, grad_norm=jnp.zeros(())
     )
-    optimizer = jax_utils.replicate(optimizer, axis_name="batch")
+    state = jax_utils.replicate(state, axis_name="batch")
     run.model.params = jax.device_get(params)  # Frees the copy on the first device.
+    keys = jax.random.split(jax.random.key(args.seed, impl="rbg"), jax.device_count())
     first = jax.process_index() * jax.local_device_count()
-    dropout_rngs = jax.random.wrap_key_data(keys[first : first + jax.local_device_count()], impl="rbg")
     # Laid out as the step returns them, or its second call would compile again.
-    return optimizer, jax.device_put(dropout_rngs, optimizer.step.sharding)
+    return state, jax.device_put(keys[first : first + jax.local_device_count()], state.step.sharding)
 
 
 def keep_compiled_code(model_args):
@@ -1551,91 +1692,111 @@ def keep_compiled_code(model_args):
 
 def should_run(run, strategy, interval):
     """Return whether to evaluate or save at this step."""
-    interval = {"no": 0, "steps": interval, "epoch": run.steps_per_epoch}[strategy]
-    return bool(interval) and (run.step % interval == 0 or run.step == run.num_steps)
+    if strategy == "epoch":
+        return run.plan.ends_epoch(run.step)
+    return strategy == "steps" and (run.step % interval == 0 or run.step == run.plan.num_steps)
 
 
-def train(run, step, checkpoint):
+def should_evaluate(run):
+    """Return whether an evaluation is due at this step; that of the last step follows the training."""
+    due = run.args.do_eval and should_run(run, run.args.eval_strategy, run.args.eval_steps)
+    return due and run.step < run.plan.num_steps
+
+
+def train(run, step, checkpoint, signals):
     """Train, save the model and return (parameters on every device, metrics).
 
     Exits with 128 + signal, checkpoint saved, if SIGTERM or SIGINT reaches any of the processes.
     """
-    args, dataset, start = run.args, run.tokenized["train"], time.time()
+    args, start = run.args, time.time()
     schedule = start_training(run, step, checkpoint)
-    optimizer, dropout_rngs = create_training_state(run, schedule, checkpoint)
+    state, dropout_rngs = create_training_state(run, schedule, checkpoint)
     step_fn = jax.pmap(
         functools.partial(training_step, label_smoothing=args.label_smoothing_factor), "batch", donate_argnums=(0, 2)
     )
-    losses = []
-    run.timer = run.step, time.perf_counter()
-    with StopSignals() as signals:
-        keys = itertools.islice(training_batches(run), run.num_steps - run.step)
-        for step_keys in tqdm(keys, "Training", run.num_steps, initial=run.step, disable=not args.should_log):
-            batch = run.batch(dataset, step_keys, args.train_batch_size, args.gradient_accumulation_steps)
-            loss, optimizer, dropout_rngs = step_fn(optimizer, batch, dropout_rngs)
-            check_losses(run, losses[-1:])  # Of the step before, while the devices compute this one.
-            losses.append(loss)
+    with signals.defer():
+        make_up_evaluation(run, state)
+        run.timer = run.step, time.perf_counter()
+        steps = run.plan.steps()
+        for keys in tqdm(steps, "Training", run.plan.num_steps, initial=run.step, disable=not args.should_log):
+            batch = run.batch(run.tokenized["train"], keys, args.train_batch_size, args.gradient_accumulation_steps)
+            loss, state, dropout_rngs = step_fn(state, batch, dropout_rngs)
+            read_losses(run)  # Those of the step before, while the devices compute this one.
             run.step += 1
-            (received,) = largest_of_processes(signals.received)
-            if run.step % args.logging_steps == 0 or run.step == run.num_steps:
-                log_losses(run, losses, optimizer.grad_norm, schedule)
-                losses = []
-            evaluates = args.do_eval and should_run(run, args.eval_strategy, args.eval_steps)
-            if evaluates and not received and run.step < run.num_steps:
-                evaluate(run, optimizer.params)
-            if received or should_run(run, args.save_strategy, args.save_steps):
-                check_losses(run, losses[-1:])
-                save_checkpoint(run, optimizer, dropout_rngs)
-            if received:
-                multihost_utils.sync_global_devices("saved")
-                logger.info(f"Stopped by {signal.Signals(received).name}; checkpoint-{run.step} is saved.")
-                raise SystemExit(128 + received)
-        write_model(run, optimizer.params, args.output_dir)
+            run.unread.append(loss)
+            end_step(run, state, schedule, *largest_of_processes(signals.received))
+        write_model(run, state.params, args.output_dir)
         (received,) = largest_of_processes(signals.received)
         if received:
             logger.info(f"Stopped by {signal.Signals(received).name} after the last step; the model is saved.")
             raise SystemExit(128 + received)
-    metrics = {"train_loss": mean_logged_loss(run.log_history)}
+    metrics = {"train_loss": run.losses.mean()}
     metrics |= speed_metrics("train", start, (run.step - step) * args.global_batch_size, run.step - step)
     run.log(metrics)
-    return optimizer.params, {**metrics, **run.epoch, "train_samples": len(dataset)}
+    return state.params, {**metrics, **run.epoch, "train_samples": len(run.tokenized["train"])}
+
+
+def end_step(run, state, schedule, received):
+    """Report, evaluate and save what is due; after the signal `received`, save before an evaluation, and exit."""
+    args = run.args
+    if run.plan.is_stream:
+        run.tokenized["train"].block_at(run.plan.position(run.step).sample)  # Forgets the blocks before.
+    if run.step % args.logging_steps == 0 or run.step == run.plan.num_steps:
+        log_losses(run, state.grad_norm, schedule)
+    if should_evaluate(run) and not received:
+        evaluate(run, state.params)
+    if received or should_run(run, args.save_strategy, args.save_steps):
+        read_losses(run)
+        save_checkpoint(run, state)
+    if received:
+        multihost_utils.sync_global_devices("saved")
+        logger.info(f"Stopped by {signal.Signals(received).name}; checkpoint-{run.step} is saved.")
+        raise SystemExit(128 + received)
+
+
+def make_up_evaluation(run, state):
+    """Evaluate if a signal stopped the run before the evaluation that was due at this step."""
+    evaluated = [entry["step"] for entry in run.log_history if "eval_loss" in entry]
+    if run.step > 0 and should_evaluate(run) and run.step not in evaluated:
+        evaluate(run, state.params)
 
 
 def start_training(run, step, checkpoint):
-    """Prepare the output folder, the stream and the log history; return the learning-rate schedule."""
-    args, dataset = run.args, run.tokenized["train"]
-    if step > run.num_steps:
-        raise UserError(f"checkpoint-{step} is already past the {run.num_steps} steps asked for")
+    """Prepare plan, output folder and log history; return the learning-rate schedule."""
+    args = run.args
+    run.step = step
+    run.plan, run.losses = resume_run(run.tokenized["train"], args, run.settings, checkpoint)
+    if step > run.plan.num_steps:
+        raise UserError(f"checkpoint-{step} is already past the {run.plan.num_steps} steps asked for")
     if args.should_log and (checkpoint is None or args.overwrite_output_dir):
         for path in glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")):
             if checkpoint is None or not os.path.samefile(path, checkpoint):
                 shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
     if checkpoint:
-        run.step = step
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
             run.log_history = json.load(file)["log_history"]
-        if isinstance(dataset, StreamedDataset):
-            dataset.resume(checkpoint, step)
     logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
-    schedule = create_schedule(args, run.num_steps)
-    peak = float(jax.vmap(schedule)(np.unique(np.linspace(0, run.num_steps, 1000, dtype=int))).max())
-    log_training(args, sum(value.size for value in jax.tree.leaves(run.model.params)), step, run.num_steps, peak)
+    schedule = create_schedule(args, run.plan.num_steps)
+    peak = float(jax.vmap(schedule)(np.arange(run.plan.num_steps)).max())
+    num_parameters = sum(value.size for value in jax.tree.leaves(run.model.params))
+    log_training(args, num_parameters, step, run.plan.num_steps, peak)
     return schedule
 
 
-def check_losses(run, losses):
-    """Return the losses as numbers; raises `UserError` if one is not finite. Waits for their steps."""
-    values = [float(loss[0]) for loss in jax.device_get(losses)]
-    if not np.isfinite(values).all():
-        raise UserError(f"the loss is {values[-1]} after step {run.step}; lower --learning_rate")
-    return values
+def read_losses(run):
+    """Count the losses of the latest steps; waits for these steps."""
+    first = run.step - len(run.unread) + 1
+    for step, loss in enumerate(jax.device_get(run.unread), first):
+        run.losses.add(float(loss[0]), step)
+    run.unread = []
 
 
-def log_losses(run, losses, grad_norm, schedule):
+def log_losses(run, grad_norm, schedule):
     """Log the mean of the losses since the last report, and what belongs to the last step."""
-    values, (step, start) = check_losses(run, losses), run.timer
+    read_losses(run)
+    step, start = run.timer
     samples, seconds = run.args.global_batch_size * (run.step - step), time.perf_counter() - start
-    logs = {"loss": sum(values) / len(values), "grad_norm": float(grad_norm[0])}
+    logs = {"loss": run.losses.report(), "grad_norm": float(grad_norm[0])}
     logs["learning_rate"] = float(schedule(run.step - 1))
     logs["tokens_per_second"] = round(run.tokenized["train"].tokens_per_sample * samples / seconds)
     run.log(logs)
@@ -1645,12 +1806,15 @@ def log_losses(run, losses, grad_norm, schedule):
 def evaluate(run, params):
     """Evaluate on all validation samples, with the parameters on every device; log and return the metrics."""
     dataset, rows, start = run.tokenized["validation"], run.args.eval_batch_size, time.time()
-    batches = generate_batch_splits(np.arange(len(dataset)), rows * jax.device_count(), drop_last=False)
+    keys = [SampleKey(index) for index in range(len(dataset))]
+    batches = generate_batch_splits(keys, rows * jax.device_count(), drop_last=False)
+    batches = [fill_up(batch, rows * jax.device_count()) for batch in batches]
     sums = []
     for keys in tqdm(batches, "Evaluating", leave=False, disable=not run.args.should_log):
         batch = {name: array[:, 0] for name, array in run.batch(dataset, keys, rows).items()}
         sums.append(run.eval_step(params, batch))
-    sums = {name: sum(float(part[name][0]) for part in jax.device_get(sums)) for name in sums[0]}
+    sums = [jax.tree.map(lambda array: array.addressable_data(0), part) for part in sums]
+    sums = {name: sum(np.sum(part[name], dtype=np.float64) for part in jax.device_get(sums)) for name in sums[0]}
     metrics = mean_metrics(sums["loss"], sums["accuracy"], sums["normalizer"])
     metrics = {f"eval_{name}": value for name, value in metrics.items()}
     metrics |= speed_metrics("eval", start, len(dataset), len(batches))
@@ -1673,18 +1837,15 @@ def write_model(run, params, folder):
         save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
-def save_checkpoint(run, optimizer, dropout_rngs):
+def save_checkpoint(run, state):
     """Have the main process write `checkpoint-N`; `trainer_state.json` comes last and makes it complete."""
     args, folder = run.args, os.path.join(run.args.output_dir, f"checkpoint-{run.step}")
-    keys = multihost_utils.process_allgather(jax.device_get(jax.random.key_data(dropout_rngs)), tiled=True)
-    write_model(run, optimizer.params, folder)
+    write_model(run, state.params, folder)
     if args.should_log:
         with user_errors(f"--output_dir {args.output_dir}: a checkpoint cannot be written (is the disk full?)"):
-            state = jax.device_get((jax_utils.unreplicate(optimizer.opt_state), keys))
+            opt_state = jax.device_get(jax_utils.unreplicate(state.opt_state))
             with open(os.path.join(folder, "optimizer.msgpack"), "wb") as file:
-                file.write(serialization.to_bytes(state))
-            if isinstance(run.tokenized["train"], StreamedDataset):
-                run.tokenized["train"].save(folder, run.step)
+                file.write(serialization.to_bytes(opt_state))
             write_json(os.path.join(folder, "trainer_state.json"), trainer_state(run))
             for _, path in list_checkpoints(args.output_dir)[: -args.save_total_limit] if args.save_total_limit else ():
                 shutil.rmtree(path)
@@ -1694,8 +1855,11 @@ def save_checkpoint(run, optimizer, dropout_rngs):
 
 def trainer_state(run):
     """Return what the Trainer writes to `trainer_state.json`, as far as this loop has it."""
-    max_steps = run.num_steps if run.args.do_train else 0
-    return {**run.epoch, "global_step": run.step, "max_steps": max_steps, "log_history": run.log_history}
+    state = {**run.epoch, "global_step": run.step, "max_steps": 0, "log_history": run.log_history}
+    if run.plan:
+        state["max_steps"] = run.plan.num_steps
+        state["stateful_callbacks"] = {"run": run_state(run.plan, run.losses, run.settings, run.step)}
+    return state
 
 
 def save_results(run, split, metrics):
@@ -1758,7 +1922,7 @@ def main(argv=None):
     connect_processes(data_args, training_args)
     setup_logging(training_args)
     keep_compiled_code(model_args)
-    with output_lock(training_args), logging_redirect_tqdm():
+    with StopSignals() as signals, output_lock(training_args), logging_redirect_tqdm():
         step, checkpoint = find_checkpoint(training_args)
         tokenizer = load_tokenizer(model_args)
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)
@@ -1777,7 +1941,7 @@ def main(argv=None):
         run = build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
         params, metrics = None, {}
         if training_args.do_train:
-            params, metrics = train(run, step, checkpoint)
+            params, metrics = train(run, step, checkpoint, signals)
             save_results(run, "train", metrics)
         if training_args.do_eval:
             params = jax_utils.replicate(model.params, axis_name="batch") if params is None else params
