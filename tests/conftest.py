@@ -335,7 +335,10 @@ def set_up(script, arguments):
 
     with mock.patch.object(script, "train", stop), pytest.raises(NotTrainedError) as caught:
         script.main([*arguments, "--do_train"])
-    return caught.value.args[0]
+    run = caught.value.args[0]
+    dataset = run.tokenized["train"] if script.__name__ == "run_mlm_flax" else run.train_dataset
+    run.plan = script.RunPlan(dataset, run.args)
+    return run
 
 
 def run_script(name, arguments, cwd=None, **environment):

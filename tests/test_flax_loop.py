@@ -68,9 +68,9 @@ def test_one_compilation_for_each_shape(arguments, compiled, caplog, tmp_path):
 def test_at_most_six_lengths_in_line_by_line_mode(arguments):
     more = ("--line_by_line", "--max_seq_length", "64", "--train_batch_size", "3", "--dataloader_drop_last", "false")
     run = set_up(run_mlm_flax, [*arguments, *more])
-    keys, shapes, lengths = run_mlm_flax.training_batches(run), set(), set()
-    for _ in range(200):  # Six epochs, whose last batches are not full.
-        batch = run.batch(run.tokenized["train"], next(keys), 3)
+    shapes, lengths = set(), set()
+    for keys in run.plan.steps():  # Three epochs, whose last batches are not full.
+        batch = run.batch(run.tokenized["train"], keys, 3)
         shapes.add(tuple(array.shape for array in batch.values()))
         lengths.add(batch["input_ids"].shape[-1])
     assert 1 < len(lengths) <= 6
@@ -98,7 +98,7 @@ def largest_array(function, *args):
 def test_no_step_has_logits_of_all_positions(arguments, dense_head):
     run = set_up(run_mlm_flax, [*arguments, "--max_steps", "1", "--dense_head", dense_head])
     full = ROWS * LENGTH * run.model.config.vocab_size
-    batch = run.batch(run.tokenized["train"], range(ROWS), ROWS)
+    batch = run.batch(run.tokenized["train"], next(run.plan.steps()), ROWS)
     optimizer = run_mlm_flax.TrainState.create(
         apply_fn=run.apply_fn,
         params=run.model.params,

@@ -161,18 +161,17 @@ def make_stub(apply_fn, logits):
     )
 
 
-def test_each_step_has_a_dropout_key_of_its_own(step):
+def test_dropout_follows_from_the_step_and_the_key_of_the_device(step):
     logits = np.random.default_rng(0).normal(size=(ROWS, LENGTH, 50)).astype(np.float32)
     noisy = make_stub(lambda params, batch, rng: params["logits"] + jax.random.normal(rng, logits.shape), logits)
-    keys, losses, rng = {rngs().tobytes()}, set(), rngs()
-    for _ in range(3):
-        loss, _, rng = step(noisy, on_one_device(make_batch()), rng)
-        keys.add(jax.device_get(rng).tobytes())
-        losses.add(float(loss[0]))
-    assert len(keys) == 4
-    assert len(losses) == 3
-    again = step(noisy, on_one_device(make_batch()), rngs())[0]
-    assert float(again[0]) in losses  # The same key draws the same.
+
+    def loss(number, key=0):
+        state = noisy.replace(step=np.full(1, number, np.int32))
+        return float(step(state, on_one_device(make_batch()), jax.random.split(jax.random.PRNGKey(key), 1))[0][0])
+
+    losses = [loss(number) for number in range(3)]
+    assert len({*losses, loss(0, key=1)}) == 4
+    assert [loss(number) for number in (2, 0, 1)] == [losses[2], losses[0], losses[1]]  # Whatever came before.
 
 
 def test_micro_batches_have_dropout_keys_of_their_own(step):
@@ -207,10 +206,14 @@ def test_evaluation_step_sums(folder, model):
     labels = inputs.pop("labels")
     with torch.no_grad():
         logits = reference(**inputs).logits
-    assert float(sums["normalizer"][0]) == 15
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
-    assert float(sums["loss"][0]) == pytest.approx(expected.item(), rel=1e-5)
-    assert float(sums["accuracy"][0]) == (logits.argmax(-1) == labels).sum()
+    expected = torch.nn.functional.cross_entropy(logits.mT, labels, reduction="none").sum(1)
+    assert {array.shape for array in sums.values()} == {(1, 1, ROWS)}  # [D, D, B]: each device has those of all.
+    np.testing.assert_array_equal(sums["normalizer"][0, 0], (labels >= 0).sum(1))
+    np.testing.assert_allclose(sums["loss"][0, 0], expected, rtol=1e-5)
+    np.testing.assert_array_equal(sums["accuracy"][0, 0], (logits.argmax(-1) == labels).sum(1))
+    sparse = batch | run_mlm_flax.select_labels(batch["labels"], 24)
+    for name, values in evaluate(jax_utils.replicate(model.params), on_one_device(sparse)).items():
+        np.testing.assert_allclose(values, sums[name], rtol=1e-5)
 
 
 @pytest.mark.long
