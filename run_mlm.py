@@ -207,6 +207,8 @@ class TrainingArguments(transformers.TrainingArguments):
         self.remove_unused_columns = False  # The collator needs the epoch and index of a sample.
         self.logging_nan_inf_filter = False  # `training_step` raises an error instead.
         self.report_to = self.report_to or ["all"]  # Transformers 5 would report nowhere.
+        if (self.metric_for_best_model or "").endswith("perplexity") and self.greater_is_better is None:
+            self.greater_is_better = False  # To the Trainer, a metric is a score unless it ends in "loss".
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir  # The Trainer would make one up.
@@ -1170,7 +1172,7 @@ class MaskedLMTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Return the loss of a batch. Its dropout is a function of (seed, step, batch of the step, process)."""
         place = self.args.seed, self.state.global_step, self.micro_batch, self.args.process_index
-        set_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+        torch.manual_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.micro_batch, self.step_loss = self.micro_batch + 1, self.step_loss + loss
         return loss
