@@ -302,8 +302,8 @@ def read_json(*path):
 
 
 def history(output):
-    """Return the log history of a run, without times and the mean loss, which comes from rounded reports."""
-    varying = ("runtime", "per_second", "total_flos", "train_loss")
+    """Return the log history of a run, without times."""
+    varying = ("runtime", "per_second", "total_flos")
     entries = read_json(output, "trainer_state.json")["log_history"]
     return [{name: entry[name] for name in entry if not name.endswith(varying)} for entry in entries]
 
