@@ -28,6 +28,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -1220,9 +1221,8 @@ class MaskedLMTrainer(Trainer):
     def _get_eval_sampler(self, eval_dataset):
         return torch.utils.data.SequentialSampler(eval_dataset)  # Not by length: masks and metrics go by index.
 
-    def get_train_dataloader(self):
-        """Return the loader of the steps to come; its workers ignore signals."""
-        loader = super().get_train_dataloader()
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
         getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_signals
         return loader
 
@@ -1304,7 +1304,7 @@ class RunCallback(TrainerCallback):
         """Return the signal that any of the processes has received, or 0."""
         if self.trainer.args.world_size > 1:
             received = torch.tensor(self.signals.received, device=self.trainer.args.device)
-            self.signals.received = int(self.trainer.accelerator.gather(received).max())
+            return int(self.trainer.accelerator.gather(received).max())
         return self.signals.received
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -1358,8 +1358,7 @@ class RunCallback(TrainerCallback):
         self.trainer.timer = state.global_step, time.perf_counter()
         if received := self.received():
             self.trainer.accelerator.wait_for_everyone()
-            logger.info(f"Stopped by {signal.Signals(received).name}; checkpoint-{state.global_step} is saved.")
-            raise SystemExit(128 + received)
+            self.signals.stop(received, f"; checkpoint-{state.global_step} is saved")
 
 
 def masked_lm_metrics(prediction):
@@ -1444,42 +1443,47 @@ class StopSignals:
     """
 
     def __enter__(self):
-        self.received, self.time, self.deferred, self.process = 0, 0.0, False, os.getpid()
+        self.received, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
+        self.process = os.getpid()
         in_main_thread = threading.current_thread() is threading.main_thread()  # No other may handle signals.
         numbers = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
         self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, traceback):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.received and kind and not issubclass(kind, UserError):
+            logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
+            if not self.deferred:  # Compiled code turns the exit into an exception of its own.
+                raise SystemExit(128 + self.received)
 
     def handle(self, number, frame):
         """Handle a signal."""
         again = number == self.received == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
-        if again or os.getpid() != self.process:  # Also in a process that was forked from this one.
+        if os.getpid() != self.process and self.deferred:
+            return  # A worker, which the main process ends.
+        if os.getpid() != self.process or again:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not self.received:
             self.received, self.time = number, time.monotonic()
             if not self.deferred:
-                self.check()
-
-    def check(self):
-        """End the program if a signal has come: destructors and compiled code can swallow the first exception."""
-        if self.received:
-            logger.info(f"Stopped by {signal.Signals(self.received).name}.")
-            raise SystemExit(128 + self.received)
+                raise SystemExit(128 + number)
 
     @contextlib.contextmanager
     def defer(self):
-        """Only note signals in the block, which looks at `received` itself."""
-        self.check()
+        """Only note signals in the block, which calls `stop`."""
         self.deferred = True
-        try:
-            yield
-        finally:
-            self.deferred = False
+        if self.received:  # A destructor can swallow the exception of `handle`.
+            self.stop(self.received, "")
+        yield
+        self.deferred = False  # Not after an exception: `__exit__` leaves those of the training as they are.
+
+    def stop(self, number, outcome):
+        """End the program because of a signal to this or another process."""
+        self.received, self.outcome = number, outcome
+        raise SystemExit(128 + number)
 
 
 def setup_logging(training_args):
@@ -1624,9 +1628,8 @@ def train(trainer, checkpoint, signals):
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         with user_errors(f"--output_dir {args.output_dir}"):
             trainer.save_model(_internal_call=True)  # Without an upload: `publish` does that.
-        if callback.received():
-            logger.info(f"Stopped by {signal.Signals(signals.received).name} after the last step; the model is saved.")
-            raise SystemExit(128 + signals.received)
+        if received := callback.received():
+            signals.stop(received, " after the last step; the model is saved")
     metrics["train_samples"] = len(trainer.train_dataset)
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
@@ -1668,7 +1671,9 @@ def publish(trainer, model_args, data_args):
 
 
 def leave_process_group():
-    """End the process group: while Python ends, its threads would abort the process."""
+    """End loader workers, and the process group: while Python ends, its threads would abort the process."""
+    for worker in multiprocessing.active_children():
+        worker.kill()  # It ignores SIGTERM.
     gc.collect()  # What was wrapped for the group would keep it alive.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

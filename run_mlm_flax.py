@@ -1401,42 +1401,47 @@ class StopSignals:
     """
 
     def __enter__(self):
-        self.received, self.time, self.deferred, self.process = 0, 0.0, False, os.getpid()
+        self.received, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
+        self.process = os.getpid()
         in_main_thread = threading.current_thread() is threading.main_thread()  # No other may handle signals.
         numbers = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
         self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, traceback):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        if self.received and kind and not issubclass(kind, UserError):
+            logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
+            if not self.deferred:  # Compiled code turns the exit into an exception of its own.
+                raise SystemExit(128 + self.received)
 
     def handle(self, number, frame):
         """Handle a signal."""
         again = number == self.received == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
-        if again or os.getpid() != self.process:  # Also in a process that was forked from this one.
+        if os.getpid() != self.process and self.deferred:
+            return  # A worker, which the main process ends.
+        if os.getpid() != self.process or again:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         elif not self.received:
             self.received, self.time = number, time.monotonic()
             if not self.deferred:
-                self.check()
-
-    def check(self):
-        """End the program if a signal has come: destructors and compiled code can swallow the first exception."""
-        if self.received:
-            logger.info(f"Stopped by {signal.Signals(self.received).name}.")
-            raise SystemExit(128 + self.received)
+                raise SystemExit(128 + number)
 
     @contextlib.contextmanager
     def defer(self):
-        """Only note signals in the block, which looks at `received` itself."""
-        self.check()
+        """Only note signals in the block, which calls `stop`."""
         self.deferred = True
-        try:
-            yield
-        finally:
-            self.deferred = False
+        if self.received:  # A destructor can swallow the exception of `handle`.
+            self.stop(self.received, "")
+        yield
+        self.deferred = False  # Not after an exception: `__exit__` leaves those of the training as they are.
+
+    def stop(self, number, outcome):
+        """End the program because of a signal to this or another process."""
+        self.received, self.outcome = number, outcome
+        raise SystemExit(128 + number)
 
 
 def setup_logging(training_args):
@@ -1724,21 +1729,20 @@ def train(run, step, checkpoint, signals):
             read_losses(run)  # Those of the step before, while the devices compute this one.
             run.step += 1
             run.unread.append(loss)
-            end_step(run, state, schedule, *largest_of_processes(signals.received))
+            end_step(run, state, schedule, signals)
         write_model(run, state.params, args.output_dir)
         (received,) = largest_of_processes(signals.received)
         if received:
-            logger.info(f"Stopped by {signal.Signals(received).name} after the last step; the model is saved.")
-            raise SystemExit(128 + received)
+            signals.stop(received, " after the last step; the model is saved")
     metrics = {"train_loss": run.losses.mean()}
     metrics |= speed_metrics("train", start, (run.step - step) * args.global_batch_size, run.step - step)
     run.log(metrics)
     return state.params, {**metrics, **run.epoch, "train_samples": len(run.tokenized["train"])}
 
 
-def end_step(run, state, schedule, received):
-    """Report, evaluate and save what is due; after the signal `received`, save before an evaluation, and exit."""
-    args = run.args
+def end_step(run, state, schedule, signals):
+    """Report, evaluate and save what is due; after a signal, save before an evaluation, and exit."""
+    args, (received,) = run.args, largest_of_processes(signals.received)
     if run.plan.is_stream:
         run.tokenized["train"].block_at(run.plan.position(run.step).sample)  # Forgets the blocks before.
     if run.step % args.logging_steps == 0 or run.step == run.plan.num_steps:
@@ -1750,8 +1754,7 @@ def end_step(run, state, schedule, received):
         save_checkpoint(run, state)
     if received:
         multihost_utils.sync_global_devices("saved")
-        logger.info(f"Stopped by {signal.Signals(received).name}; checkpoint-{run.step} is saved.")
-        raise SystemExit(128 + received)
+        signals.stop(received, f"; checkpoint-{run.step} is saved")
 
 
 def make_up_evaluation(run, state):
