@@ -30,6 +30,7 @@ import logging
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -78,7 +79,8 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPES = tuple(sorted(config.model_type for config in MODEL_FOR_MASKED_LM_MAPPING))
 LINE_BY_LINE_DEFAULT = False  # The documented default of this script: texts are joined and cut into full rows.
-FOREIGN_FILE = "optimizer.msgpack"  # Marks a checkpoint of the other script.
+# The optimizer state in a checkpoint, one of these: plain, FSDP (two), DeepSpeed, FSDP on a TPU.
+OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*", "rank*-optimizer.pt")
 # Arguments by the interval that their values must be in; round brackets exclude the end.
 INTERVALS = {
     "[1, inf)": "train_batch_size eval_batch_size gradient_accumulation_steps max_seq_length max_train_samples "
@@ -108,6 +110,9 @@ OFFSET_POSITIONS = (
 ).split()
 LENGTH_WINDOW = 50  # Batches whose samples `--group_by_length` sorts together.
 STREAMED_VALIDATION = 1000  # Texts taken from the beginning of a stream without validation data.
+CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
+# What a run writes about its model: deleted with the model that it replaces.
+RESULTS = "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md"
 IGNORED_LABEL = -100
 SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
 EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
@@ -210,6 +215,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.report_to = self.report_to or ["all"]  # Transformers 5 would report nowhere.
         if (self.metric_for_best_model or "").endswith("perplexity") and self.greater_is_better is None:
             self.greater_is_better = False  # To the Trainer, a metric is a score unless it ends in "loss".
+        self.old_run, self.named_checkpoints = [], []  # Set by `note_old_run`.
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir  # The Trainer would make one up.
@@ -258,14 +264,19 @@ class ArgumentParser(HfArgumentParser):
         return namespace, unknown
 
 
+def read_json_object(path):
+    """Return the content of a JSON file that must hold an object."""
+    with user_errors(path), open(path, encoding="utf-8-sig") as file, user_errors(f"{path} is not valid JSON"):
+        content = json.load(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold one JSON object, not a {type(content).__name__}")
+    return content
+
+
 def json_flags(path):
     """Return the settings in a JSON file as command-line flags; null leaves a setting at its default."""
     flags = []
-    with user_errors(path), open(path, encoding="utf-8-sig") as file, user_errors(f"{path} is not valid JSON"):
-        settings = json.load(file)
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: must hold one JSON object of settings, not a {type(settings).__name__}")
-    for name, value in settings.items():
+    for name, value in read_json_object(path).items():
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:
@@ -1144,6 +1155,8 @@ class MaskedLMTrainer(Trainer):
         self.settings, self.losses, self.plan = settings, LossSums(), None
         self.micro_batch, self.step_loss, self.step_losses = 0, 0.0, []
         self.timer = 0, time.perf_counter()
+        # The Trainer would delete folders with other names too, such as `checkpoint-10-old`.
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
 
     def masked_logits(self, model, inputs):
         """Return (logits [K, V], labels [K]) at the masked positions."""
@@ -1269,7 +1282,10 @@ class MaskedLMTrainer(Trainer):
         run = run_state(self.plan, self.losses, self.settings, self.state.global_step)
         self.state.stateful_callbacks["run"] = run  # Part of `trainer_state.json`, which completes the checkpoint.
         with user_errors(f"--output_dir {self.args.output_dir}: a checkpoint cannot be written (is the disk full?)"):
+            replace_old_run(self.args)
+            self.accelerator.wait_for_everyone()  # Each process writes to the folder.
             super()._save_checkpoint(*args, **kwargs)
+            rotate_checkpoints(self.args, self.save_total_limit, self.state.global_step)
 
     def end_step(self):
         """Count the loss of a step; it is read later on TPUs, where reading waits for the step."""
@@ -1313,10 +1329,6 @@ class RunCallback(TrainerCallback):
             raise UserError(f"checkpoint-{state.global_step} is already past the {state.max_steps} steps asked for")
         state.compute_steps(args, state.max_steps)  # The Trainer would keep the intervals of the checkpoint.
         log_training(args, self.trainer.model.num_parameters(), state.global_step, state.max_steps, args.learning_rate)
-        if args.should_save and (self.checkpoint is None or args.overwrite_output_dir):
-            for path in glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")):
-                if self.checkpoint is None or not os.path.samefile(path, self.checkpoint):
-                    shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
         args.eval_on_start &= state.global_step == 0
         due = TrainerControl()
         if self.checkpoint:
@@ -1381,45 +1393,178 @@ def write_json(path, content):
     os.replace(f"{path}.tmp", path)
 
 
+def read_state(checkpoint):
+    """Return the state of a checkpoint, None if it is unfinished, or False if neither script can have written it."""
+    try:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            state = json.load(file)
+    except (FileNotFoundError, ValueError):  # It is written last, and by PyTorch in pieces.
+        return None
+    except OSError:
+        return False
+    if not isinstance(state, dict):
+        return False
+    step, history, best = state.get("global_step"), state.get("log_history"), state.get("best_model_checkpoint")
+    valid = type(step) is int and step >= 0 and isinstance(history, list) and isinstance(best, str | None)
+    return state if valid and all(isinstance(entry, dict) for entry in history) else False
+
+
+def has_optimizer(checkpoint):
+    """Return whether a checkpoint holds an optimizer state of this script."""
+    return any(glob.glob(os.path.join(glob.escape(checkpoint), name)) for name in OPTIMIZER_FILES)
+
+
+def checkpoint_folders(folder):
+    """Return {path: state} of the folders `checkpoint-N`, oldest first, with states as from `read_state`."""
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    paths = [os.path.join(folder, name) for name in names if CHECKPOINT_NAME.fullmatch(name)]
+    paths = [path for path in paths if os.path.isdir(path) and not os.path.islink(path)]
+    return {path: read_state(path) for path in sorted(paths, key=lambda path: int(path.rpartition("-")[2]))}
+
+
 def list_checkpoints(folder):
-    """Return (step, path) of this script's complete checkpoints, oldest first; `trainer_state.json` is written last."""
+    """Return (step, path) of the checkpoints in a folder that this script can resume, oldest first; warn of others."""
     found = []
-    for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")):
-        try:
-            with open(os.path.join(path, "trainer_state.json"), encoding="utf-8") as file:
-                step = json.load(file)["global_step"]
-        except (OSError, ValueError):
+    for path, state in checkpoint_folders(folder).items():
+        if not state:
             logger.warning(f"{path} is ignored: it is not a complete checkpoint.")
-            continue
-        if not os.path.exists(os.path.join(path, FOREIGN_FILE)):
-            found.append((step, path))
+        elif not has_optimizer(path):
+            logger.warning(f"{path} is ignored: it has no optimizer state of this script and cannot be resumed.")
+        else:
+            found.append((state["global_step"], path))
     return sorted(found)
 
 
-def find_checkpoint(training_args):
+def find_checkpoint(model_args, data_args, training_args):
     """Return (step, path) of the checkpoint to resume from, or (0, None) to start a new run.
 
-    Raises `UserError` if training would overwrite results that are not its own.
+    Raises `UserError` if the run would overwrite or delete what is not its own.
     """
     folder, named = training_args.output_dir, training_args.resume_from_checkpoint
+    check_results(model_args, training_args)
     if not training_args.do_train:
         return 0, None
-    checkpoints = [] if training_args.overwrite_output_dir else list_checkpoints(folder)
-    newest = checkpoints[-1] if checkpoints else (0, None)  # None: the run was killed while it wrote its first one.
+    own = [] if training_args.overwrite_output_dir else list_checkpoints(folder)
+    start = own[-1] if own else (0, None)
     if named and named.lower() != "true":
-        path = os.path.abspath(named)
-        matching = [found for found in list_checkpoints(os.path.dirname(path)) if os.path.abspath(found[1]) == path]
-        if not matching:
+        state = read_state(named)
+        if not state or not has_optimizer(named):
             raise UserError(f"--resume_from_checkpoint {named}: no complete checkpoint of this script is there")
-        if newest[0] > matching[0][0] and os.path.samefile(os.path.dirname(path), folder):
-            raise UserError(f"--resume_from_checkpoint {named}: {newest[1]} is newer; use another folder")
-        newest = max(matching[0], newest, key=lambda found: found[0])  # A stopped branch continues.
+        if own and not os.path.samefile(own[-1][1], named):
+            cause = f"--output_dir {folder} continues from its newest checkpoint, {own[-1][1]}"
+            raise UserError(f"--resume_from_checkpoint {named}: {cause}; omit this flag, or use another folder")
+        start = state["global_step"], os.path.abspath(named)
+    check_output_dir(training_args, own)
+    note_old_run(start[1], own, model_args, data_args, training_args)
+    return start
+
+
+def check_results(model_args, args):
+    """Raise `UserError` if the results of an evaluation would be those of another model, or cannot be added."""
+    folder, name = args.output_dir, model_args.model_name_or_path
+    model_differs = os.path.realpath(name or "") != os.path.realpath(folder)
+    if args.do_eval and not args.do_train and model_differs and os.path.exists(os.path.join(folder, "config.json")):
+        raise UserError(f"--output_dir {folder} holds another model than {name or 'a new one'}; use another folder")
+    path = os.path.join(folder, "all_results.json")
+    if args.writes_results and os.path.exists(path) and not (args.do_train and args.overwrite_output_dir):
+        read_json_object(path)
+
+
+def check_output_dir(args, own):
+    """Raise `UserError` if the folder holds what a run must not write to; `own` are checkpoints to continue from."""
+    folder = args.output_dir
     content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
-    complete = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
-    foreign = not checkpoints and (complete or not all(name.startswith("checkpoint-") for name in content))
-    if foreign and not training_args.overwrite_output_dir:
+    folders = {os.path.basename(path): state for path, state in checkpoint_folders(folder).items()}
+    for name in content - folders.keys():
+        if CHECKPOINT_NAME.fullmatch(name):  # Writing a checkpoint would fail, or follow the link.
+            raise UserError(f"--output_dir {folder}: {name} is a link or a file, not a folder; use another folder")
+    unfinished = {name for name, state in folders.items() if state is None}
+    if content - unfinished and not own and not args.overwrite_output_dir:
         raise UserError(f"--output_dir {folder} is not empty; use another folder or --overwrite_output_dir")
-    return newest
+
+
+def note_old_run(checkpoint, own, *groups):
+    """Note what the run replaces in `old_run`, and in `named_checkpoints` the checkpoints that flags name.
+
+    Raises `UserError` if a flag reads something that would be deleted.
+    """
+    args, folder = groups[-1], groups[-1].output_dir
+    folders, flags = checkpoint_folders(folder), flag_paths(groups)
+    old_run = [os.path.join(folder, name) for name in RESULTS]
+    if not own:
+        old_run += [path for path, state in folders.items() if state is not False]
+        for charts in ("logs", "runs", "runs/*"):
+            old_run += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
+    kept = needed_checkpoints(checkpoint) if checkpoint else set()
+    args.old_run = [path for path in old_run if os.path.exists(path) and os.path.realpath(path) not in kept]
+    for path in args.old_run:
+        for flag, value in flags:
+            if is_inside(value, path):
+                cause = f"the run would delete {path}, which --{flag} reads"
+                raise UserError(f"--output_dir {folder}: {cause}; use another folder")
+    args.named_checkpoints = [path for path in folders if any(is_inside(value, path) for _, value in flags)]
+
+
+def flag_paths(groups):
+    """Return (flag, text) of all texts in the argument groups, each of which may be a path; globs are expanded."""
+    found = []
+    for name, value in itertools.chain.from_iterable(vars(group).items() for group in groups):
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                found += [(name, path) for path in (text, *glob.glob(text, recursive=True))]
+    return found
+
+
+def is_inside(path, folder):
+    """Return whether a path is a folder or lies in it, after resolving links."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath((path, folder)) == folder
+
+
+def needed_checkpoints(checkpoint):
+    """Return the real paths of a checkpoint and of the best one, where its state names it or beside it if moved."""
+    best = read_state(checkpoint).get("best_model_checkpoint") or checkpoint
+    beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(best))
+    return {os.path.realpath(path) for path in (checkpoint, best, beside)}
+
+
+def replace_old_run(args, trained=True):
+    """Delete what the run replaces, right before its first checkpoint or model; `trained`: it has made a step.
+
+    A finished run that has nothing left to train keeps its results.
+    """
+    finished = os.path.exists(os.path.join(args.output_dir, "train_results.json")) and not args.overwrite_output_dir
+    if args.writes_results and (trained or not finished):
+        for path in args.old_run:
+            delete(path)
+        args.old_run = []
+
+
+def rotate_checkpoints(args, limit, step):
+    """Delete the oldest checkpoints above a limit once that of `step` is written.
+
+    It keeps the best one and those that a flag names, and does not count those without what this one has, an optimizer.
+    """
+    if limit is None or not args.writes_results:
+        return
+    newest = os.path.join(args.output_dir, f"checkpoint-{step}")
+    folders, kept = checkpoint_folders(args.output_dir), needed_checkpoints(newest)
+    found = [path for path, state in folders.items() if state and has_optimizer(path) == has_optimizer(newest)]
+    others = [path for path in found if os.path.realpath(path) not in kept and path not in args.named_checkpoints]
+    for path in others[: max(0, len(found) - limit)]:
+        delete(path)
+
+
+def delete(path):
+    """Delete a file, or a checkpoint: its state first, so that it is unfinished if the process is killed here."""
+    with user_errors(f"{path} cannot be deleted"), contextlib.suppress(FileNotFoundError):
+        if not os.path.isdir(path):
+            os.remove(path)
+            return
+        if os.path.exists(os.path.join(path, "trainer_state.json")):
+            os.remove(os.path.join(path, "trainer_state.json"))
+        shutil.rmtree(path)
+        logger.info(f"Deleted {path}.")
 
 
 @contextlib.contextmanager
@@ -1627,13 +1772,15 @@ def train(trainer, checkpoint, signals):
     with signals.defer():
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         with user_errors(f"--output_dir {args.output_dir}"):
+            replace_old_run(args, trained=trainer.state.global_step > trainer.plan.first_step)
             trainer.save_model(_internal_call=True)  # Without an upload: `publish` does that.
         if received := callback.received():
             signals.stop(received, " after the last step; the model is saved")
     metrics["train_samples"] = len(trainer.train_dataset)
     trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
+    if not os.path.exists(os.path.join(args.output_dir, "train_results.json")):  # Else a command before made it.
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
     return metrics
 
 
@@ -1646,7 +1793,8 @@ def evaluate(trainer):
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
-    trainer.save_state()
+    if trainer.args.do_train:
+        trainer.save_state()
     model = trainer.accelerator.unwrap_model(trainer.model).eval()
 
     def predict(batch):
@@ -1687,7 +1835,7 @@ def main(argv=None):
     setup_logging(training_args)
     atexit.register(leave_process_group)
     with StopSignals() as signals, output_lock(training_args), logging_redirect_tqdm():
-        _, checkpoint = find_checkpoint(training_args)
+        _, checkpoint = find_checkpoint(model_args, data_args, training_args)
         tokenizer = load_tokenizer(model_args)
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)
         config = load_config(model_args, tokenizer)

@@ -28,6 +28,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -83,7 +84,7 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPES = tuple(sorted(config.model_type for config in FLAX_MODEL_FOR_MASKED_LM_MAPPING))
 LINE_BY_LINE_DEFAULT = True  # The documented default of this script: each text is a sample.
-FOREIGN_FILE = "optimizer.pt"  # Marks a checkpoint of the other script.
+OPTIMIZER_FILES = ("optimizer.msgpack",)  # The optimizer state in a checkpoint.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay")
 MAX_SHAPES = 6  # Lengths that batches are padded to: each one is a compilation.
 # Arguments by the interval that their values must be in; round brackets exclude the end.
@@ -115,6 +116,9 @@ OFFSET_POSITIONS = (
 ).split()
 LENGTH_WINDOW = 50  # Batches whose samples `--group_by_length` sorts together.
 STREAMED_VALIDATION = 1000  # Texts taken from the beginning of a stream without validation data.
+CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
+# What a run writes about its model: deleted with the model that it replaces.
+RESULTS = "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md"
 IGNORED_LABEL = -100
 SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
 EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
@@ -240,6 +244,7 @@ class TrainingArguments:
 
     def __post_init__(self):
         self.drop_last_step = self.dataloader_drop_last
+        self.old_run, self.named_checkpoints = [], []  # Set by `note_old_run`.
         self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs or "{}")
         create_schedule(self, num_steps=1)  # Raises an error that says what is wrong.
 
@@ -284,14 +289,19 @@ class ArgumentParser(HfArgumentParser):
         return namespace, unknown
 
 
+def read_json_object(path):
+    """Return the content of a JSON file that must hold an object."""
+    with user_errors(path), open(path, encoding="utf-8-sig") as file, user_errors(f"{path} is not valid JSON"):
+        content = json.load(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: must hold one JSON object, not a {type(content).__name__}")
+    return content
+
+
 def json_flags(path):
     """Return the settings in a JSON file as command-line flags; null leaves a setting at its default."""
     flags = []
-    with user_errors(path), open(path, encoding="utf-8-sig") as file, user_errors(f"{path} is not valid JSON"):
-        settings = json.load(file)
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: must hold one JSON object of settings, not a {type(settings).__name__}")
-    for name, value in settings.items():
+    for name, value in read_json_object(path).items():
         if isinstance(value, list):
             flags += [f"--{name}", *map(str, value)]
         elif value is not None:
@@ -1339,45 +1349,178 @@ def write_json(path, content):
     os.replace(f"{path}.tmp", path)
 
 
+def read_state(checkpoint):
+    """Return the state of a checkpoint, None if it is unfinished, or False if neither script can have written it."""
+    try:
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
+            state = json.load(file)
+    except (FileNotFoundError, ValueError):  # It is written last, and by PyTorch in pieces.
+        return None
+    except OSError:
+        return False
+    if not isinstance(state, dict):
+        return False
+    step, history, best = state.get("global_step"), state.get("log_history"), state.get("best_model_checkpoint")
+    valid = type(step) is int and step >= 0 and isinstance(history, list) and isinstance(best, str | None)
+    return state if valid and all(isinstance(entry, dict) for entry in history) else False
+
+
+def has_optimizer(checkpoint):
+    """Return whether a checkpoint holds an optimizer state of this script."""
+    return any(glob.glob(os.path.join(glob.escape(checkpoint), name)) for name in OPTIMIZER_FILES)
+
+
+def checkpoint_folders(folder):
+    """Return {path: state} of the folders `checkpoint-N`, oldest first, with states as from `read_state`."""
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    paths = [os.path.join(folder, name) for name in names if CHECKPOINT_NAME.fullmatch(name)]
+    paths = [path for path in paths if os.path.isdir(path) and not os.path.islink(path)]
+    return {path: read_state(path) for path in sorted(paths, key=lambda path: int(path.rpartition("-")[2]))}
+
+
 def list_checkpoints(folder):
-    """Return (step, path) of this script's complete checkpoints, oldest first; `trainer_state.json` is written last."""
+    """Return (step, path) of the checkpoints in a folder that this script can resume, oldest first; warn of others."""
     found = []
-    for path in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")):
-        try:
-            with open(os.path.join(path, "trainer_state.json"), encoding="utf-8") as file:
-                step = json.load(file)["global_step"]
-        except (OSError, ValueError):
+    for path, state in checkpoint_folders(folder).items():
+        if not state:
             logger.warning(f"{path} is ignored: it is not a complete checkpoint.")
-            continue
-        if not os.path.exists(os.path.join(path, FOREIGN_FILE)):
-            found.append((step, path))
+        elif not has_optimizer(path):
+            logger.warning(f"{path} is ignored: it has no optimizer state of this script and cannot be resumed.")
+        else:
+            found.append((state["global_step"], path))
     return sorted(found)
 
 
-def find_checkpoint(training_args):
+def find_checkpoint(model_args, data_args, training_args):
     """Return (step, path) of the checkpoint to resume from, or (0, None) to start a new run.
 
-    Raises `UserError` if training would overwrite results that are not its own.
+    Raises `UserError` if the run would overwrite or delete what is not its own.
     """
     folder, named = training_args.output_dir, training_args.resume_from_checkpoint
+    check_results(model_args, training_args)
     if not training_args.do_train:
         return 0, None
-    checkpoints = [] if training_args.overwrite_output_dir else list_checkpoints(folder)
-    newest = checkpoints[-1] if checkpoints else (0, None)  # None: the run was killed while it wrote its first one.
+    own = [] if training_args.overwrite_output_dir else list_checkpoints(folder)
+    start = own[-1] if own else (0, None)
     if named and named.lower() != "true":
-        path = os.path.abspath(named)
-        matching = [found for found in list_checkpoints(os.path.dirname(path)) if os.path.abspath(found[1]) == path]
-        if not matching:
+        state = read_state(named)
+        if not state or not has_optimizer(named):
             raise UserError(f"--resume_from_checkpoint {named}: no complete checkpoint of this script is there")
-        if newest[0] > matching[0][0] and os.path.samefile(os.path.dirname(path), folder):
-            raise UserError(f"--resume_from_checkpoint {named}: {newest[1]} is newer; use another folder")
-        newest = max(matching[0], newest, key=lambda found: found[0])  # A stopped branch continues.
+        if own and not os.path.samefile(own[-1][1], named):
+            cause = f"--output_dir {folder} continues from its newest checkpoint, {own[-1][1]}"
+            raise UserError(f"--resume_from_checkpoint {named}: {cause}; omit this flag, or use another folder")
+        start = state["global_step"], os.path.abspath(named)
+    check_output_dir(training_args, own)
+    note_old_run(start[1], own, model_args, data_args, training_args)
+    return start
+
+
+def check_results(model_args, args):
+    """Raise `UserError` if the results of an evaluation would be those of another model, or cannot be added."""
+    folder, name = args.output_dir, model_args.model_name_or_path
+    model_differs = os.path.realpath(name or "") != os.path.realpath(folder)
+    if args.do_eval and not args.do_train and model_differs and os.path.exists(os.path.join(folder, "config.json")):
+        raise UserError(f"--output_dir {folder} holds another model than {name or 'a new one'}; use another folder")
+    path = os.path.join(folder, "all_results.json")
+    if args.writes_results and os.path.exists(path) and not (args.do_train and args.overwrite_output_dir):
+        read_json_object(path)
+
+
+def check_output_dir(args, own):
+    """Raise `UserError` if the folder holds what a run must not write to; `own` are checkpoints to continue from."""
+    folder = args.output_dir
     content = set(os.listdir(folder) if os.path.isdir(folder) else ()) - {"runs", "logs", "_lock"}
-    complete = glob.glob(os.path.join(glob.escape(folder), "checkpoint-*", "trainer_state.json"))
-    foreign = not checkpoints and (complete or not all(name.startswith("checkpoint-") for name in content))
-    if foreign and not training_args.overwrite_output_dir:
+    folders = {os.path.basename(path): state for path, state in checkpoint_folders(folder).items()}
+    for name in content - folders.keys():
+        if CHECKPOINT_NAME.fullmatch(name):  # Writing a checkpoint would fail, or follow the link.
+            raise UserError(f"--output_dir {folder}: {name} is a link or a file, not a folder; use another folder")
+    unfinished = {name for name, state in folders.items() if state is None}
+    if content - unfinished and not own and not args.overwrite_output_dir:
         raise UserError(f"--output_dir {folder} is not empty; use another folder or --overwrite_output_dir")
-    return newest
+
+
+def note_old_run(checkpoint, own, *groups):
+    """Note what the run replaces in `old_run`, and in `named_checkpoints` the checkpoints that flags name.
+
+    Raises `UserError` if a flag reads something that would be deleted.
+    """
+    args, folder = groups[-1], groups[-1].output_dir
+    folders, flags = checkpoint_folders(folder), flag_paths(groups)
+    old_run = [os.path.join(folder, name) for name in RESULTS]
+    if not own:
+        old_run += [path for path, state in folders.items() if state is not False]
+        for charts in ("logs", "runs", "runs/*"):
+            old_run += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
+    kept = needed_checkpoints(checkpoint) if checkpoint else set()
+    args.old_run = [path for path in old_run if os.path.exists(path) and os.path.realpath(path) not in kept]
+    for path in args.old_run:
+        for flag, value in flags:
+            if is_inside(value, path):
+                cause = f"the run would delete {path}, which --{flag} reads"
+                raise UserError(f"--output_dir {folder}: {cause}; use another folder")
+    args.named_checkpoints = [path for path in folders if any(is_inside(value, path) for _, value in flags)]
+
+
+def flag_paths(groups):
+    """Return (flag, text) of all texts in the argument groups, each of which may be a path; globs are expanded."""
+    found = []
+    for name, value in itertools.chain.from_iterable(vars(group).items() for group in groups):
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                found += [(name, path) for path in (text, *glob.glob(text, recursive=True))]
+    return found
+
+
+def is_inside(path, folder):
+    """Return whether a path is a folder or lies in it, after resolving links."""
+    path, folder = os.path.realpath(path), os.path.realpath(folder)
+    return os.path.commonpath((path, folder)) == folder
+
+
+def needed_checkpoints(checkpoint):
+    """Return the real paths of a checkpoint and of the best one, where its state names it or beside it if moved."""
+    best = read_state(checkpoint).get("best_model_checkpoint") or checkpoint
+    beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(best))
+    return {os.path.realpath(path) for path in (checkpoint, best, beside)}
+
+
+def replace_old_run(args, trained=True):
+    """Delete what the run replaces, right before its first checkpoint or model; `trained`: it has made a step.
+
+    A finished run that has nothing left to train keeps its results.
+    """
+    finished = os.path.exists(os.path.join(args.output_dir, "train_results.json")) and not args.overwrite_output_dir
+    if args.writes_results and (trained or not finished):
+        for path in args.old_run:
+            delete(path)
+        args.old_run = []
+
+
+def rotate_checkpoints(args, limit, step):
+    """Delete the oldest checkpoints above a limit once that of `step` is written.
+
+    It keeps the best one and those that a flag names, and does not count those without what this one has, an optimizer.
+    """
+    if limit is None or not args.writes_results:
+        return
+    newest = os.path.join(args.output_dir, f"checkpoint-{step}")
+    folders, kept = checkpoint_folders(args.output_dir), needed_checkpoints(newest)
+    found = [path for path, state in folders.items() if state and has_optimizer(path) == has_optimizer(newest)]
+    others = [path for path in found if os.path.realpath(path) not in kept and path not in args.named_checkpoints]
+    for path in others[: max(0, len(found) - limit)]:
+        delete(path)
+
+
+def delete(path):
+    """Delete a file, or a checkpoint: its state first, so that it is unfinished if the process is killed here."""
+    with user_errors(f"{path} cannot be deleted"), contextlib.suppress(FileNotFoundError):
+        if not os.path.isdir(path):
+            os.remove(path)
+            return
+        if os.path.exists(os.path.join(path, "trainer_state.json")):
+            os.remove(os.path.join(path, "trainer_state.json"))
+        shutil.rmtree(path)
+        logger.info(f"Deleted {path}.")
 
 
 @contextlib.contextmanager
@@ -1730,6 +1873,7 @@ def train(run, step, checkpoint, signals):
             run.step += 1
             run.unread.append(loss)
             end_step(run, state, schedule, signals)
+        replace_old_run(args, trained=run.step > run.plan.first_step)
         write_model(run, state.params, args.output_dir)
         (received,) = largest_of_processes(signals.received)
         if received:
@@ -1765,16 +1909,12 @@ def make_up_evaluation(run, state):
 
 
 def start_training(run, step, checkpoint):
-    """Prepare plan, output folder and log history; return the learning-rate schedule."""
+    """Prepare plan and log history; return the learning-rate schedule."""
     args = run.args
     run.step = step
     run.plan, run.losses = resume_run(run.tokenized["train"], args, run.settings, checkpoint)
     if step > run.plan.num_steps:
         raise UserError(f"checkpoint-{step} is already past the {run.plan.num_steps} steps asked for")
-    if args.should_log and (checkpoint is None or args.overwrite_output_dir):
-        for path in glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")):
-            if checkpoint is None or not os.path.samefile(path, checkpoint):
-                shutil.rmtree(path)  # Incomplete, or overwritten: they must not be resumed later.
     if checkpoint:
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
             run.log_history = json.load(file)["log_history"]
@@ -1843,6 +1983,7 @@ def write_model(run, params, folder):
 def save_checkpoint(run, state):
     """Have the main process write `checkpoint-N`; `trainer_state.json` comes last and makes it complete."""
     args, folder = run.args, os.path.join(run.args.output_dir, f"checkpoint-{run.step}")
+    replace_old_run(args)
     write_model(run, state.params, folder)
     if args.should_log:
         with user_errors(f"--output_dir {args.output_dir}: a checkpoint cannot be written (is the disk full?)"):
@@ -1850,8 +1991,7 @@ def save_checkpoint(run, state):
             with open(os.path.join(folder, "optimizer.msgpack"), "wb") as file:
                 file.write(serialization.to_bytes(opt_state))
             write_json(os.path.join(folder, "trainer_state.json"), trainer_state(run))
-            for _, path in list_checkpoints(args.output_dir)[: -args.save_total_limit] if args.save_total_limit else ():
-                shutil.rmtree(path)
+            rotate_checkpoints(args, args.save_total_limit, run.step)
         logger.info(f"Saved {folder}.")
     run.timer = run.step, time.perf_counter()
 
@@ -1872,13 +2012,16 @@ def save_results(run, split, metrics):
     logger.info(f"***** {split} metrics *****")
     for name, value in sorted(metrics.items()):
         logger.info(f"  {name:<26} {value:.6g}")
+    path, everything = os.path.join(run.args.output_dir, f"{split}_results.json"), {}
+    if split == "train" and os.path.exists(path):
+        return  # An earlier command finished the run.
+    write_json(path, metrics)
     path = os.path.join(run.args.output_dir, "all_results.json")
-    everything = {}
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
         everything = json.load(file)
     write_json(path, everything | metrics)
-    write_json(os.path.join(run.args.output_dir, f"{split}_results.json"), metrics)
-    write_json(os.path.join(run.args.output_dir, "trainer_state.json"), trainer_state(run))
+    if run.args.do_train:
+        write_json(os.path.join(run.args.output_dir, "trainer_state.json"), trainer_state(run))
 
 
 def create_repository(args):
@@ -1926,7 +2069,7 @@ def main(argv=None):
     setup_logging(training_args)
     keep_compiled_code(model_args)
     with StopSignals() as signals, output_lock(training_args), logging_redirect_tqdm():
-        step, checkpoint = find_checkpoint(training_args)
+        step, checkpoint = find_checkpoint(model_args, data_args, training_args)
         tokenizer = load_tokenizer(model_args)
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)
         config = load_config(model_args, tokenizer)

@@ -290,6 +290,7 @@ def test_best_model_is_loaded_and_kept(model_folder, text_files, tmp_path):
     assert best < 12
     assert state["best_model_checkpoint"] == str(output / f"checkpoint-{best}")
     assert weights(output) == weights(output / f"checkpoint-{best}")
+    assert {path.name for path in output.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-12"}
 
 
 @pytest.mark.pytorch
