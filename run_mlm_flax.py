@@ -35,6 +35,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
 if __name__ == "__main__":  # As a program, do not import a framework that is installed but not used.
@@ -1422,7 +1423,7 @@ def check_results(model_args, args):
     if args.do_eval and not args.do_train and model_differs and os.path.exists(os.path.join(folder, "config.json")):
         raise UserError(f"--output_dir {folder} holds another model than {name or 'a new one'}; use another folder")
     path = os.path.join(folder, "all_results.json")
-    if args.writes_results and os.path.exists(path) and not (args.do_train and args.overwrite_output_dir):
+    if os.path.exists(path) and not (args.do_train and args.overwrite_output_dir):
         read_json_object(path)
 
 
@@ -1446,35 +1447,29 @@ def note_old_run(checkpoint, own, *groups):
     """
     args, folder = groups[-1], groups[-1].output_dir
     folders, flags = checkpoint_folders(folder), flag_paths(groups)
-    old_run = [os.path.join(folder, name) for name in RESULTS]
+    args.old_run = [path for name in RESULTS if os.path.isfile(path := os.path.join(folder, name))]
     if not own:
-        old_run += [path for path, state in folders.items() if state is not False]
         for charts in ("logs", "runs", "runs/*"):
-            old_run += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
-    kept = needed_checkpoints(checkpoint) if checkpoint else set()
-    args.old_run = [path for path in old_run if os.path.exists(path) and os.path.realpath(path) not in kept]
+            args.old_run += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
+        kept = needed_checkpoints(checkpoint) if checkpoint else set()
+        replaced = [path for path, state in folders.items() if state is not False]
+        args.old_run += [path for path in replaced if os.path.realpath(path) not in kept]
     for path in args.old_run:
-        for flag, value in flags:
-            if is_inside(value, path):
-                cause = f"the run would delete {path}, which --{flag} reads"
-                raise UserError(f"--output_dir {folder}: {cause}; use another folder")
-    args.named_checkpoints = [path for path in folders if any(is_inside(value, path) for _, value in flags)]
+        if flag := flags.get(os.path.realpath(path)):
+            cause = f"the run would delete {path}, which --{flag} reads"
+            raise UserError(f"--output_dir {folder}: {cause}; use another folder")
+    args.named_checkpoints = [path for path in folders if os.path.realpath(path) in flags]
 
 
 def flag_paths(groups):
-    """Return (flag, text) of all texts in the argument groups, each of which may be a path; globs are expanded."""
-    found = []
+    """Return {path: flag} of what flags may read: each text as a real path, globs expanded, and the folders above."""
+    found = {}
     for name, value in itertools.chain.from_iterable(vars(group).items() for group in groups):
-        for text in value if isinstance(value, list) else [value]:
-            if isinstance(text, str):
-                found += [(name, path) for path in (text, *glob.glob(text, recursive=True))]
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        for text in texts:
+            for path in map(os.path.realpath, (text, *glob.glob(text, recursive=True))):
+                found |= dict.fromkeys((path, *map(str, Path(path).parents)), name)
     return found
-
-
-def is_inside(path, folder):
-    """Return whether a path is a folder or lies in it, after resolving links."""
-    path, folder = os.path.realpath(path), os.path.realpath(folder)
-    return os.path.commonpath((path, folder)) == folder
 
 
 def needed_checkpoints(checkpoint):
