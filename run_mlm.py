@@ -17,6 +17,7 @@ Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked
 """
 
 import atexit
+import codecs
 import contextlib
 import copy
 import difflib
@@ -169,7 +170,7 @@ class DataTrainingArguments:
     )
     validation_ref_file: Optional[str] = HfArg(default=None, help="Word references of validation_file.")
     text_column_name: Optional[str] = HfArg(default=None, help="Text column (default: text, or else the first one).")
-    overwrite_cache: bool = HfArg(default=False, help="Tokenize again even if a cached result exists.")
+    overwrite_cache: bool = HfArg(default=False, help="Read and tokenize again even if a cached result exists.")
     validation_split_percentage: Optional[int] = HfArg(
         default=5, help="Percentage of the training data used for validation if there is no validation data."
     )
@@ -258,11 +259,20 @@ class ArgumentParser(HfArgumentParser):
 
     def parse_known_args(self, *args, **kwargs):
         namespace, unknown = super().parse_known_args(*args, **kwargs)
+        for name, value in vars(namespace).items():
+            setattr(namespace, name, expand_home(value))
         if unknown:
             flag = unknown[0].split("=")[0]
             closest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8)
             self.error(f"unknown argument {flag}" + (f"; did you mean {closest[0]}?" if closest else ""))
         return namespace, unknown
+
+
+def expand_home(value):
+    """Return a setting with the user's folder in place of a ~ at its beginning, or at that of each of its items."""
+    if isinstance(value, list):
+        return [expand_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def read_json_object(path):
@@ -325,6 +335,10 @@ def check_args(model, data, training):
         (model.model_type in (None, *MODEL_TYPES), f"--model_type {model.model_type}: not one of {known_types}"),
         (data.dataset_name or data.train_file or data.validation_file, "no data: give --train_file or --dataset_name"),
         (data.dataset_name or data.train_file or not training.do_train, "--do_train needs --train_file"),
+        (
+            not (data.dataset_name and (data.train_file or data.validation_file)),
+            "use either --dataset_name or --train_file and --validation_file",
+        ),
         (0 < replaced <= 1, f"--mask_replace_prob and --random_replace_prob add up to {replaced:g}, outside (0, 1]"),
         (final_share <= data.mlm_probability, f"--final_mlm_probability {final_share} is above --mlm_probability"),
         (data.train_file or not data.train_ref_file, "--train_ref_file needs --train_file"),
@@ -339,9 +353,9 @@ def check_args(model, data, training):
     for holds, message in requirements:
         if not holds:
             raise UserError(message)
-    for name in () if data.dataset_name else ("train_file", "validation_file"):
+    for name in ("train_file", "validation_file"):
         for path in getattr(data, name) or ():  # `datasets` ignores a missing file beside others.
-            if "://" not in path and not glob.glob(path, recursive=True):
+            if not find_files(path):
                 raise UserError(f"--{name} {path}: no such file")
 
 
@@ -382,10 +396,11 @@ def load_raw_datasets(model_args, data_args):
     `max_val_samples` texts.
     """
     options = {"streaming": data_args.streaming, **model_args.hub_options}
+    if data_args.overwrite_cache:  # Read the files again, but do not download them again.
+        options["download_mode"] = "reuse_cache_if_exists"
     if data_args.dataset_name:
         with user_errors(f"--dataset_name {data_args.dataset_name}"):
-            raw = datasets.load_dataset(data_args.dataset_name, data_args.dataset_config_name, **options)
-            raw = {split: raw[split] for split in ("train", "validation") if split in raw}
+            raw = load_named_dataset(data_args.dataset_name, data_args.dataset_config_name, options)
     else:
         files = {"train": data_args.train_file, "validation": data_args.validation_file}
         raw = {split: load_files(split, names, options) for split, names in files.items() if names}
@@ -403,17 +418,61 @@ def load_raw_datasets(model_args, data_args):
     return {split: train.select(part) for split, part in rows.items() if part}
 
 
+def load_named_dataset(name, config_name, options):
+    """Return {"train", "validation"}, or the one that exists, of a data set of the hub or in a folder."""
+    folder = glob.escape(name)
+    if os.path.isdir(name):
+        files = sorted(glob.glob(os.path.join(folder, "**"), recursive=True))
+        options = {**options, "description": file_sizes(files)}
+    if os.path.exists(os.path.join(name, "state.json")):  # One split, as `Dataset.save_to_disk` writes it.
+        files = {"train": os.path.join(folder, "data-*.arrow")}
+        raw = datasets.load_dataset("arrow", data_files=files, **options)
+    else:
+        raw = datasets.load_dataset(name, config_name, **options)
+    return {split: raw[split] for split in ("train", "validation") if split in raw}
+
+
+def find_files(name):
+    """Return the files that a value of `--train_file` stands for: a file, a URL, or all files that match a glob."""
+    if "://" in name or os.path.exists(name):
+        return [name]
+    return [path for path in sorted(glob.glob(name, recursive=True)) if os.path.isfile(path)]
+
+
 def load_files(split, names, options):
     """Return the texts of files or globs, which must all have one format."""
     names = [names] if isinstance(names, str) else names
-    stems = [name.lower().removesuffix(".gz").removesuffix(".zst") for name in names]
+    subject = f"--{split}_file {' '.join(names)}"
+    paths = [path for name in names for path in find_files(name)]
+    stems = [path.lower().removesuffix(".gz").removesuffix(".zst") for path in paths]
     extensions = {os.path.splitext(stem)[1].removeprefix(".") for stem in stems}
     formats = {FILE_FORMATS[extension][0] for extension in extensions if extension in FILE_FORMATS}
-    if not extensions <= FILE_FORMATS.keys() or len(formats) > 1:
-        raise UserError(f"--{split}_file {' '.join(names)}: must be of one format of {', '.join(FILE_FORMATS)}")
+    if not extensions <= FILE_FORMATS.keys() or len(formats) != 1:
+        raise UserError(f"{subject}: must be of one format of {', '.join(FILE_FORMATS)}")
     loader, loader_options = FILE_FORMATS[extensions.pop()]
-    with user_errors(f"--{split}_file {' '.join(names)}"):
-        return datasets.load_dataset(loader, data_files=names, split="train", **loader_options, **options)
+    with user_errors(subject):
+        paths = [path for path in paths if not is_empty(path)]
+        if not paths:
+            raise UserError(f"{subject}: no text")
+        options = {**options, **loader_options, "description": file_sizes(paths)}
+        patterns = [path if "://" in path else glob.escape(path) for path in paths]
+        return datasets.load_dataset(loader, data_files=patterns, split="train", **options)
+
+
+def is_empty(path):
+    """Return whether a file, packed or not, holds nothing: `datasets` fails if such a file comes first."""
+    if "://" in path:
+        return False
+    with pa.input_stream(path) as file:
+        empty = file.read(4) in (b"", codecs.BOM_UTF8)
+    if empty:
+        logger.warning(f"{path} is empty.")
+    return empty
+
+
+def file_sizes(paths):
+    """Return the sizes of the files, for the key of the cache, which has the time of their last change already."""
+    return " ".join(str(os.path.getsize(path)) for path in paths if os.path.isfile(path))
 
 
 def add_word_references(dataset, path):
@@ -1835,6 +1894,8 @@ def main(argv=None):
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)
         config = load_config(model_args, tokenizer)
         max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
+        if not training_args.should_log:
+            data_args.overwrite_cache = False  # The main process overwrites it, before the others read it.
         with training_args.main_process_first(desc="tokenizing"):
             raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
             tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)

@@ -176,6 +176,29 @@ def test_text_in_a_file_is_taken_literally(script, required, write_config):
     assert {name: settings[name] for name in odd} == odd
 
 
+PATHS = "model_name_or_path tokenizer_name config_name cache_dir new_tokens output_dir resume_from_checkpoint"
+PATHS += " train_ref_file validation_ref_file"
+
+
+@pytest.mark.parametrize("in_a_file", [False, True])
+def test_a_tilde_is_the_users_folder_in_every_path(script, write_config, tmp_path, monkeypatch, in_a_file):
+    def paths(home):
+        files = {name: [f"{home}/{name}{i}.txt" for i in range(2)] for name in ("train_file", "validation_file")}
+        return {**{name: f"{home}/{name} ~" for name in PATHS.split()}, **files}
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    expected, given = paths(tmp_path), paths("~")
+    for path in expected["train_file"] + expected["validation_file"]:
+        write_lines(path, ["the baker ."])
+    arguments = [write_config(given)] if in_a_file else []
+    for name, value in () if in_a_file else given.items():
+        arguments += [f"--{name}", *(value if isinstance(value, list) else [value])]
+    settings = parse_checked(script, [*arguments, "--line_by_line", "true"])
+    assert {name: settings[name] for name in expected} == expected
+    settings = parse_checked(script, flags(model_name_or_path="m", dataset_name="~/set", output_dir="~"))
+    assert (settings["dataset_name"], settings["output_dir"]) == (str(tmp_path / "set"), str(tmp_path))
+
+
 def test_lists_and_nested_objects_in_a_file_reach_the_trainer(required, write_config):
     run_mlm = importlib.import_module("run_mlm")
     path = write_config({**required, "label_names": ["labels", "more"], "lr_scheduler_kwargs": {"num_cycles": 2}})

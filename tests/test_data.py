@@ -165,12 +165,52 @@ def test_files_of_unknown_or_mixed_formats_are_errors(script, tokenizer, tmp_pat
         script.load_raw_datasets(model_args, data_args)
 
 
-def test_a_file_that_is_not_read_need_not_exist_and_one_with_brackets_is_a_glob(script, tmp_path):
-    settings = flags(model_name_or_path="m", output_dir="o", train_file="none.txt")
-    assert script.parse_args([*settings, "--dataset_name", "set"])[1].dataset_name == "set"
-    path = write_lines(tmp_path / "a[1].txt", ["the baker"])  # `datasets` would not find it.
-    with pytest.raises(script.UserError, match="no such file"):
-        script.parse_args([*settings, "--train_file", path])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_file_with_brackets_is_itself_and_no_glob(script, tmp_path, streaming):
+    names = [write_lines(tmp_path / name, [name]) for name in ("a[1].txt", "a1.txt", "a2.txt")]
+    more = {"streaming": True} if streaming else {}
+    assert read(script, names[0], **more) == ["a[1].txt"]
+    assert read(script, tmp_path / "a[0-9].txt", names[0], **more) == ["a1.txt", "a2.txt", "a[1].txt"]
+    with pytest.raises(script.UserError, match=r"--train_file .*a\[3\].txt: no such file"):
+        read(script, tmp_path / "a[3].txt", names[1])
+
+
+@csv_left_open
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("extension", ["txt", "csv", "json", "jsonl"])
+def test_empty_files_are_left_out(script, tmp_path, caplog, extension, streaming):
+    full, empty = write_format(tmp_path, extension, sentences(5)), tmp_path / f"empty.{extension}"
+    empty.touch()
+    marked, packed = tmp_path / f"marked.{extension}", tmp_path / f"empty.{extension}.gz"
+    marked.write_bytes(b"\xef\xbb\xbf")
+    with pa.output_stream(packed, compression="gzip"):
+        pass
+    more = {"streaming": True} if streaming else {}
+    for names in ((empty, full), (marked, packed, full, empty, full), (full, marked)):
+        caplog.clear()
+        assert read(script, *names, validation_file=full, **more) == sentences(5) * names.count(full)
+        assert sorted(caplog.messages) == sorted(f"{name} is empty." for name in names if name != full)
+    with pytest.raises(script.UserError, match=rf"--train_file {empty}: no text"):
+        read(script, empty, validation_file=full, **more)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_saved_data_set_is_read(script, tmp_path, streaming):
+    lines, more = {"train": sentences(40), "validation": sentences(3, seed=1)}, {"streaming": True} if streaming else {}
+    splits = {split: datasets.Dataset.from_dict({"text": part}) for split, part in lines.items()}
+    splits["train"].save_to_disk(tmp_path / "one[1]", num_shards=2)
+    datasets.load_from_disk(tmp_path / "one[1]").map(lambda row: {"text": ""})  # Leaves a file in the folder.
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
+
+    def read_named(name):
+        model_args, data_args, _ = script.parse_args(
+            flags(model_name_or_path="m", output_dir="o", dataset_name=tmp_path / name, max_val_samples=2, **more)
+        )
+        raw = script.load_raw_datasets(model_args, data_args)
+        return {split: [row["text"] for row in raw[split]] for split in raw}
+
+    assert read_named("two") == lines
+    assert read_named("one[1]") == {"train": lines["train"][2:], "validation": lines["train"][:2]}  # 5 % of 40.
 
 
 def test_a_glob_reads_all_its_files(script, tokenizer, tmp_path):
@@ -365,6 +405,32 @@ def test_changed_text_is_tokenized_anew(script, tokenizer, tmp_path):
     write_lines(path, ["the sailor sails boats ."])
     tokenized = tokenize(script, tokenizer, validation_file=path, line_by_line="true")
     assert rows(tokenized["validation"]) == plain_rows(tokenizer, ["the sailor sails boats ."])
+
+
+def replace(path, lines):
+    """Write a file anew, with a time of last change that is always the same, as `cp -p` or an image may leave it."""
+    os.utime(write_lines(path, lines), (10**9, 10**9))
+
+
+@pytest.mark.parametrize("name", ["lines.txt", "folder/train.txt"])
+def test_a_file_that_was_replaced_is_read_again(script, tokenizer, tmp_path, count_encoded, name):
+    (tmp_path / "folder").mkdir()
+    folder = {"dataset_name": tmp_path / "folder", "validation_split_percentage": 1}
+    settings = {"train_file": tmp_path / name, "validation_file": tmp_path / name} if name == "lines.txt" else folder
+
+    def read_again(lines, **more):
+        replace(tmp_path / name, lines)
+        count_encoded.clear()
+        return rows(tokenize(script, tokenizer, line_by_line="true", **settings, **more)["train"])
+
+    first, longer, other = (["the baker ."] * 9, ["the baker ."] * 9 + ["a dog ."], ["the sailor."] * 9)
+    assert read_again(first) == plain_rows(tokenizer, first)
+    assert read_again(longer) == plain_rows(tokenizer, longer)
+    assert read_again(first) == plain_rows(tokenizer, first)
+    assert not count_encoded  # Both are in the cache.
+    assert read_again(other, overwrite_cache=True) == plain_rows(tokenizer, other)
+    assert read_again(other) == plain_rows(tokenizer, other)
+    assert not count_encoded
 
 
 def test_a_folder_laid_out_as_on_the_hub_is_a_data_set(script, tokenizer, tmp_path, monkeypatch):

@@ -88,6 +88,16 @@ def number(name, value, **others):
 
 ARGUMENTS = [
     Mistake("no data", lambda place: {"train_file": None, "validation_file": None}, ["--dataset_name", "--train_file"]),
+    Mistake(
+        "files beside a data set",
+        lambda place: {"dataset_name": data_set(place)},
+        ["--dataset_name", "--train_file", "--validation_file"],
+    ),
+    Mistake(
+        "a validation file beside a data set",
+        lambda place: {"dataset_name": data_set(place), "train_file": None},
+        ["--dataset_name", "--train_file", "--validation_file"],
+    ),
     Mistake("no training data", lambda place: {"train_file": None}, ["--do_train", "--train_file"]),
     Mistake("no output_dir", lambda place: {"output_dir": None}, ["--output_dir", "required"]),
     Mistake("no model", lambda place: {"model_name_or_path": None}, ["--model_name_or_path", "--model_type"]),
@@ -235,8 +245,8 @@ FILES = [
         lambda place: {"train_ref_file": "no.ref", "line_by_line": "true"},
         ["error: no.ref: No such file or directory"],
     ),
-    Mistake("empty file", lambda place: place.data("a.txt", ""), ["a.txt"]),
-    Mistake("empty json lines", lambda place: place.data("a.jsonl", ""), ["a.jsonl"]),
+    Mistake("empty file", lambda place: place.data("a.txt", ""), ["--train_file ", "a.txt: no text"]),
+    Mistake("empty json lines", lambda place: place.data("a.jsonl", ""), ["--train_file ", "a.jsonl: no text"]),
     Mistake("a folder", lambda place: {"train_file": place.inputs}, ["--train_file", "inputs"]),
     Mistake("unsupported", lambda place: place.data("a.pdf", "text"), ["--train_file", "a.pdf", "jsonl"]),
     Mistake("no extension", lambda place: place.data("a", "text"), ["--train_file", "jsonl"]),
