@@ -9,9 +9,10 @@ Fine-tune a BERT-like model, or train one from scratch:
 `run_mlm_flax.py` is the same program on JAX: the same flags, masks, batches and result files. What has the same name
 in both scripts has the same source.
 
-What to change where: the masking rule in `mask_tokens`, how text becomes rows of token ids in `encode_texts`, the loss
-in `MaskedLMTrainer.compute_loss`, the optimizer with `--optim` or in `MaskedLMTrainer.create_optimizer`, the metrics in
-`prediction_step`, `masked_lm_metrics` and `mean_metrics`, file formats in `FILE_FORMATS`.
+What to change where: the masking rule in `mask_tokens`, which tokens are never masked in `MaskingCollator`, how text
+becomes rows of token ids in `encode_texts`, the loss in `MaskedLMTrainer.compute_loss`, the optimizer with `--optim` or
+in `MaskedLMTrainer.create_optimizer`, the metrics in `prediction_step`, `masked_lm_metrics` and `mean_metrics`, file
+formats in `FILE_FORMATS`.
 
 Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size.
 """
@@ -115,6 +116,7 @@ STREAMED_VALIDATION = 1000  # Texts taken from the beginning of a stream without
 CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
 # What a run writes about its model: deleted with the model that it replaces.
 RESULTS = "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md"
+MAX_CAUSE = 400  # Characters of a library's message that an error line shows.
 IGNORED_LABEL = -100
 SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
 EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
@@ -369,7 +371,9 @@ def user_errors(subject):
     except Exception as error:
         cause = error.__cause__ or error
         text = str(cause).removeprefix(f"[Errno {getattr(cause, 'errno', None)}]").removesuffix(f": {subject!r}")
-        raise UserError(f"{subject}: {text.strip() or type(cause).__name__}") from error
+        text = text.strip() or type(cause).__name__
+        text = text if len(text) <= MAX_CAUSE else f"{text[:MAX_CAUSE]} ..."
+        raise UserError(f"{subject}: {text}") from error
 
 
 def exit_on_user_error(main):
@@ -629,6 +633,12 @@ def check_samples(tokenized, training_args):
     if training_args.do_train and training_args.drop_last_step and samples < size:
         remedies = "--train_batch_size, --gradient_accumulation_steps or --dataloader_drop_last false"
         raise UserError(f"the train data has fewer samples ({samples}) than a step ({size}): see {remedies}")
+
+
+def check_masks(dataset, collator):
+    """Raise `UserError` if no token of the validation data is masked: evaluation would report a loss of 0."""
+    if dataset and all((collator.mask(dataset[i])[1] == IGNORED_LABEL).all() for i in range(len(dataset))):
+        raise UserError("no token of the validation data is masked: raise --eval_mlm_probability, or add text")
 
 
 class SampleKey(NamedTuple):
@@ -945,7 +955,10 @@ class MaskingCollator:
         self.samples_seen = 0
         self.vocab_size, self.mask_token_id = len(self.tokenizer), self.tokenizer.mask_token_id
         self.is_special = np.zeros(max(self.tokenizer.get_vocab().values()) + 1, bool)
-        self.is_special[self.tokenizer.all_special_ids] = True
+        # Never masked: what the tokenizer adds to every text, and padding. Unknown words are masked like other words.
+        empty = self.tokenizer("", return_special_tokens_mask=True)
+        special = {i for i, added in zip(empty["input_ids"], empty["special_tokens_mask"]) if added}
+        self.is_special[list(special | {self.tokenizer.pad_token_id} - {None})] = True
 
     def collate(self, samples, pad_to_multiple_of=None, length=0):
         """Return {"input_ids", "attention_mask", "labels"}, each int32 [B, L], with L at least `length`."""
@@ -1796,6 +1809,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         length=max_seq_length if data_args.pad_to_max_length else 0,
         with_positions=not training_args.accelerator_config.dispatch_batches,  # Which would cut them like samples.
     )
+    check_masks(tokenized.get("validation"), collator)
     with user_errors(f"{type(model).__name__} fails on a first batch"):
         sparse_start = None if model_args.dense_head else find_sparse_start(model, collator, max_seq_length)
     with user_errors("the Trainer"):

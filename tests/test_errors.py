@@ -263,6 +263,11 @@ FILES = [
     ),
     Mistake("no config", lambda place: place.without("config.json"), ["the configuration ", "config.json"]),
     Mistake("corrupt config", lambda place: place.corrupt("config.json"), ["config.json"]),
+    Mistake(
+        "a vocabulary alone",
+        lambda place: {"model_name_or_path": vocabulary(place)},
+        ["the tokenizer ", "inputs/bare: ", "model_type"],
+    ),
     Mistake("config of a list", lambda place: place.corrupt("config.json", b"[]"), ["inputs/model: "]),
     Mistake("corrupt weights", lambda place: place.corrupt("model.safetensors"), ["the model "]),
     Mistake("output_dir is a file", lambda place: {"output_dir": place.train}, ["--output_dir", "train.txt"]),
@@ -404,6 +409,11 @@ DATA = [
         ["the train data holds no sample"],
     ),
     Mistake(
+        "nothing to predict",
+        lambda place: {"do_eval": True, "eval_mlm_probability": 1e-9},
+        ["no token of the validation data is masked", "--eval_mlm_probability"],
+    ),
+    Mistake(
         "data set without a known split",
         lambda place: {"dataset_name": data_set(place), "train_file": None, "validation_file": None},
         ["no sample"],
@@ -479,6 +489,13 @@ def fill(folder, content=None):
     return folder
 
 
+def vocabulary(place):
+    """Write a folder that holds a vocabulary and nothing else, and return it."""
+    fill(place.inputs / "bare")
+    place.file("bare/vocab.json", {"a": 0})
+    return place.inputs / "bare"
+
+
 def data_set(place):
     """Write a data set with a test split alone and return its folder."""
     write_lines(fill(place.inputs / "set") / "test.txt", sentences(5))
@@ -532,6 +549,7 @@ def check_message(stderr, words):
     assert "Traceback" not in stderr
     for word in words:
         assert word in lines[0]
+    assert len(lines[0]) < 1000
 
 
 # Readers of `datasets` leave a file open when it is broken.

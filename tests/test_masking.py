@@ -6,9 +6,20 @@ import math
 import datasets
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
-from conftest import flags, make_model, make_tokenizer, optional_module, sentences, set_up, write_lines
+from conftest import (
+    flags,
+    make_byte_level_tokenizer,
+    make_model,
+    make_tokenizer,
+    make_unigram,
+    optional_module,
+    sentences,
+    set_up,
+    write_lines,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -139,6 +150,56 @@ def test_ids_of_two_bytes_are_masked_as_others(script):
 def test_an_empty_row_stays_empty(script):
     inputs, labels = masked(script, np.empty(0, np.int32))
     assert len(inputs) == len(labels) == 0
+
+
+def make_slow_tokenizer(folder):
+    """Return BERT's tokenizer in Python."""
+    make_tokenizer(folder)
+    return transformers.BertTokenizer.from_pretrained(folder)
+
+
+def make_metaspace_tokenizer(folder):
+    """Return a SentencePiece-like tokenizer."""
+    splitter = tokenizers.pre_tokenizers.Metaspace()
+    return make_unigram(splitter, splitter, tokenizers.decoders.Metaspace())
+
+
+MAKERS = [make_tokenizer, make_slow_tokenizer, make_byte_level_tokenizer, make_metaspace_tokenizer]
+
+
+@pytest.mark.parametrize("line_by_line", [True, False])
+@pytest.mark.parametrize("make_one", MAKERS)
+def test_the_documented_tokens_are_never_masked(script, tmp_path, make_one, line_by_line):
+    """Those that the tokenizer calls special: no unknown word, and no special token that stands in the text."""
+    tokenizer = make_one(tmp_path)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<name>"]})
+    ends = tokenizer("")["input_ids"]
+    assert len(ends) == 2
+
+    def compare(lines):
+        """Return (ids, kept, kept as documented) of the tokens of all samples."""
+        raw = {"train": datasets.Dataset.from_dict({"text": lines})}
+        data_args = script.DataTrainingArguments(line_by_line=line_by_line)
+        dataset = script.tokenize_datasets(raw, tokenizer, data_args, 32)["train"]
+        collator = script.MaskingCollator(tokenizer, mlm_probability=1.0)
+        samples = [dataset[i] for i in range(len(dataset))]
+        kept = np.concatenate([collator.mask(sample)[1] == -100 for sample in samples])
+        options = {"truncation": True, "max_length": 32} if line_by_line else {}
+        encoded = [tokenizer(line, return_special_tokens_mask=True, **options) for line in lines]
+        ids, special = ([i for row in encoded for i in row[key]] for key in ("input_ids", "special_tokens_mask"))
+        size = len(ids) if line_by_line else len(ids) // 32 * 32
+        assert np.concatenate([sample["input_ids"] for sample in samples]).tolist() == ids[:size]
+        return np.array(ids[:size]), kept, np.array(special[:size], bool)
+
+    words = f"the \u2603 {tokenizer.unk_token} {tokenizer.mask_token} ."
+    ids, kept, documented = compare([words, "<name> bakes \u2603", "\u2603"] * 8)
+    assert kept.tolist() == documented.tolist()
+    assert set(ids[kept]) == set(ends)
+    assert {tokenizer.unk_token_id, tokenizer.mask_token_id, *tokenizer("<name>")["input_ids"]} <= set(ids)
+    # The difference: the tokens at the ends and padding are not masked where they stand in the text, either.
+    ids, kept, documented = compare([f"a {tokenizer.sep_token} dog {tokenizer.pad_token} ."] * 20)
+    assert kept.tolist() == (documented | np.isin(ids, [*ends, tokenizer.pad_token_id])).tolist()
+    assert kept.sum() > documented.sum()
 
 
 def test_evaluation_has_its_own_share_of_masks(make, tmp_path):
