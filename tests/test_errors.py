@@ -73,6 +73,7 @@ class Mistake:
     scripts: tuple = SCRIPTS
 
 
+NO_FILES = {"train_file": None, "validation_file": None}
 NO_MASK = {"mask_token": None, "added_tokens_decoder": {}}
 ONE_LINE = '{"text": "the baker bakes bread ."}\n'
 
@@ -293,7 +294,7 @@ FILES = [
 MODELS = [
     Mistake("hub name", lambda place: {"model_name_or_path": "no/such"}, ["no/such"]),
     Mistake("hub tokenizer", lambda place: {"tokenizer_name": "no/such"}, ["the tokenizer no/such"]),
-    Mistake("hub data", lambda place: {"dataset_name": "no/such", "train_file": None}, ["--dataset_name no/such"]),
+    Mistake("hub data", lambda place: {"dataset_name": "no/such", **NO_FILES}, ["--dataset_name no/such"]),
     Mistake("no masked-LM head", lambda place: place.model_with(model_type="gpt2"), ["gpt2", "albert, "]),
     Mistake(
         "no Flax model",
@@ -415,7 +416,7 @@ DATA = [
     ),
     Mistake(
         "data set without a known split",
-        lambda place: {"dataset_name": data_set(place), "train_file": None, "validation_file": None},
+        lambda place: {"dataset_name": data_set(place), **NO_FILES},
         ["no sample"],
     ),
 ]
