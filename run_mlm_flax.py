@@ -732,8 +732,7 @@ class StreamedDataset:
         self.raw = raw.with_format("arrow")
         self.encode, self.args = encode, args
         self.block_size, self.rows_per_pass = block_size, rows_per_pass
-        self.first_block = {"first": 0, "epoch": 0, "row": 0, "raw": None, "skip": 0}  # Of this process.
-        self.blocks = [self.first_block]
+        self.start({"first": 0, "epoch": 0, "row": 0, "raw": None, "skip": 0})
         self.num_samples = self.num_tokens = 0  # Read so far.
 
     def __len__(self):
@@ -741,6 +740,10 @@ class StreamedDataset:
 
     def __getitem__(self, sample):
         return sample
+
+    def start(self, block):
+        """Begin to read at a block."""
+        self.first_block, self.blocks = block, [block]
 
     @property
     def tokens_per_sample(self):
@@ -763,7 +766,8 @@ class StreamedDataset:
 
     def samples(self, seed, first):
         """Yield the samples of the run from number `first` on, pass after pass without end."""
-        block, self.blocks = self.first_block, []
+        block = self.first_block
+        self.blocks = []
         while True:
             stop = None if self.rows_per_pass is None else self.rows_per_pass - block["row"]
             rows = itertools.islice(self.rows(block), stop)
@@ -1745,7 +1749,7 @@ def resume_run(dataset, args, settings, checkpoint):
         state = json.load(file)
     run = (state.get("stateful_callbacks") or {}).get("run") or {}  # Former versions wrote none.
     if isinstance(dataset, StreamedDataset) and run.get("block"):
-        dataset.first_block = run["block"]
+        dataset.start(run["block"])
     saved = {**settings, **run.get("settings", {})}
     changed = [f"{name} {saved[name]} (now {settings[name]})" for name in settings if saved[name] != settings[name]]
     if changed:

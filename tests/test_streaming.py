@@ -88,7 +88,9 @@ def take(dataset, count, seed=42, first=0):
 def resumed_at(fresh, stopped, number):
     """Return a copy of a stream that goes on at the block of a sample, as a checkpoint of the stopped one tells it."""
     resumed = copy.deepcopy(fresh)
-    resumed.first_block = json.loads(json.dumps(stopped.block_at(number)))
+    block = stopped.block_at(number)
+    resumed.start(json.loads(json.dumps(block)))
+    assert resumed.block_at(number) == block  # Also before it has read anything.
     return resumed
 
 
