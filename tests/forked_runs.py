@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import faulthandler
 import glob
 import importlib
 import math
@@ -56,6 +57,7 @@ class Process:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            faulthandler.enable(sys.__stderr__)
             os.environ.update(environment)
             note_samples(script, self.samples)
             script.main(arguments)
@@ -88,6 +90,8 @@ class Process:
         while not self.poll() and self.size() <= samples and time.monotonic() < stop:
             time.sleep(0.003)
             if time.monotonic() > self.start + TIMEOUT:
+                self.send(signal.SIGABRT, group=False)  # Python prints where it is.
+                time.sleep(1)
                 self.end()
                 raise Disagreement(f"the run does not end in {TIMEOUT} s: {self.log}")
 
@@ -132,11 +136,12 @@ class Process:
 
 
 def note_samples(script, path):
-    """Have the collator of a script note the epoch and index of each sample."""
+    """Have the collator of a script note the epoch and index of each sample with labels."""
     mask, file = script.MaskingCollator.mask, open(path, "ab", buffering=0)  # noqa: SIM115 (until the process ends)
 
     def noted(self, sample):
-        file.write(f"{sample.get('epoch')} {sample.get('index')}\n".encode())
+        if sample.get("labelled", True):
+            file.write(f"{sample.get('epoch')} {sample.get('index')}\n".encode())
         return mask(self, sample)
 
     script.MaskingCollator.mask = noted
@@ -154,7 +159,8 @@ class Disagreement(Exception):  # noqa: N818
     """What a case found."""
 
 
-TIMES = ("runtime", "per_second", "total_flos")  # Differ from run to run.
+# Times, and what the Trainer last thought due, which each step decides anew.
+TIMES = ("runtime", "per_second", "total_flos", "TrainerControl")
 EVENTS = ("runs", "logs")  # TensorBoard: the names of the files hold the time, and each start writes one.
 # Settings of one process; its random state, which nothing depends on; and the bias of the keys: attention does not
 # depend on it, so that its gradient is 0 but for rounding, which Adam scales up.
