@@ -477,8 +477,8 @@ def main():
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the scripts")
     arguments = parser.parse_args()
     sys.path.insert(0, str(arguments.root))
-    for script in INSTALLED:
-        importlib.import_module(script)
+    for script in INSTALLED if "backend" in (arguments.kind or KINDS) else arguments.script or INSTALLED:
+        importlib.import_module(script)  # Once, for all children.
     work = Path(tempfile.mkdtemp(prefix="mlm-fuzz-"))
     print(f"seed {arguments.seed}, folder {work}", flush=True)
     counts = campaign(arguments, work)

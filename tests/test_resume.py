@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 
-import kill
 import pytest
 from conftest import ROOT, error_line, finished_run, flags, history, optional_module, read_json, training_flags, weights
 
@@ -312,13 +311,6 @@ def test_signal_in_the_last_evaluation_still_saves(model_folder, text_files, tmp
     assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-12"]
     run_mlm.main(training_flags(model_folder, text_files, stopped, **settings))
     assert weights(stopped) == weights(whole)
-
-
-@pytest.mark.parametrize(("kills", "steps"), [(1, 24), pytest.param(20, 400, marks=pytest.mark.long)])
-def test_killed_runs_end_as_the_uninterrupted_one(script, tmp_path, kills, steps):
-    kill.prepare(tmp_path)
-    moments = kill.kill_at_random(script.__name__, tmp_path, steps, kills)
-    assert len(moments) == kills
 
 
 def test_full_disk(script, model_folder, text_files, tmp_path):
