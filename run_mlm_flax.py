@@ -821,8 +821,9 @@ class RunPlan:
         self.is_stream, self.batch_size = isinstance(dataset, StreamedDataset), args.global_batch_size
         self.first_step, self.start = 0, Position(0, 0, self.batch_size)
         if first_step:
-            start = start or self.position(first_step)
-            self.first_step, self.start = first_step, Position(*start)
+            epoch, sample, batch_size = start or self.position(first_step)
+            self.first_step = first_step
+            self.start = Position(epoch, sample, batch_size if sample else self.batch_size)
         self.num_steps = args.max_steps
         if self.num_steps <= 0:  # By epochs; the steps before count as if they had had the same batch size.
             left = math.ceil(args.num_train_epochs * self.steps_per_epoch) - self.start.epoch * self.steps_per_epoch

@@ -164,6 +164,21 @@ def test_another_batch_size_goes_on_behind_the_last_sample(
     assert read_json(tmp_path / "output", "trainer_state.json")["global_step"] == steps
 
 
+def test_a_finished_run_is_finished_with_any_batch_size(script, model_folder, text_files, tmp_path):
+    settings = {"dataloader_drop_last": "true", "max_steps": -1, "num_train_epochs": 1, "do_eval": "false"}
+    settings |= {"eval_strategy": "no", "save_steps": 100}
+    script.main(training_flags(model_folder, text_files, tmp_path / "output", **settings))
+    before = weights(tmp_path / "output")
+    for batch_size in (3, 5, 7):
+        script.main(
+            training_flags(
+                model_folder, text_files, tmp_path / "output", **{**settings, "train_batch_size": batch_size}
+            )
+        )
+    assert read_json(tmp_path / "output", "trainer_state.json")["global_step"] == 60 // 8
+    assert weights(tmp_path / "output") == before
+
+
 def test_an_incomplete_last_step_counts_each_sample_once(script, model_folder, text_files, tmp_path, trained):
     settings = {"max_train_samples": 13, "max_steps": -1, "num_train_epochs": 2, "do_eval": "false"}
     settings["eval_strategy"] = "no"
