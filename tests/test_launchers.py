@@ -151,10 +151,9 @@ def calls(work):
 
 
 def test_one_process_prepares_logs_and_writes_and_both_resume(work, alone):
-    shutil.rmtree(work / "cache")
     (work / "noting.py").write_text(NOTING)
     command = [*TORCHRUN, "--log_dir", "logs", "--redirects", "3", "noting.py", *arguments("output", 4)]
-    done = launch(work, command)
+    done = launch(work, [*command, "--overwrite_cache"])  # The cache is that of `alone`.
     logs = {path.parent.name + path.stem: path.read_text() for path in (work / "logs").glob("*/*/*/*.log")}
     assert done.returncode == 0, logs
     assert losses(work / "output") == alone
@@ -167,7 +166,8 @@ def test_one_process_prepares_logs_and_writes_and_both_resume(work, alone):
     weights = safetensors.torch.load_file(work / "output" / "model.safetensors")
     shutil.rmtree(work / "output" / "checkpoint-6")
     before = calls(work)
-    assert before["encode_texts-0"] == 4  # A text for each split, which prepares the tokenizer, and the two splits.
+    # A text for each split, which prepares the tokenizer, and the two splits, which the other process finds in the cache.
+    assert before == {"encode_texts-0": 4, "encode_texts-1": 2}
     done = launch(work, [*TORCHRUN, "noting.py", *arguments("output", 4)])
     assert done.returncode == 0, done.stderr
     assert "Resuming from output/checkpoint-3" in done.stdout
