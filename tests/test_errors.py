@@ -267,7 +267,7 @@ FILES = [
     Mistake(
         "a vocabulary alone",
         lambda place: {"model_name_or_path": vocabulary(place)},
-        ["the tokenizer ", "inputs/bare: ", "model_type"],
+        ["the tokenizer ", "inputs/bare: "],
     ),
     Mistake("config of a list", lambda place: place.corrupt("config.json", b"[]"), ["inputs/model: "]),
     Mistake("corrupt weights", lambda place: place.corrupt("model.safetensors"), ["the model "]),

@@ -14,13 +14,15 @@ from safetensors.numpy import load_file
 import run_mlm_flax
 
 STEPS = 4
-# Counts the samples that a process collates; a file to read from stands for a signal at a step.
+# Counts the samples that a process collates, and names its calls of the encoder; STOP_AT is the step of a signal.
 WATCHED = """
 import os, signal, sys
 import run_mlm_flax
 
-collated, mask = [], run_mlm_flax.MaskingCollator.mask
-run_mlm_flax.MaskingCollator.mask = lambda *args: collated.append(1) or mask(*args)
+collated, collate = [], run_mlm_flax.MaskingCollator.collate
+run_mlm_flax.MaskingCollator.collate = lambda self, rows, *args: collated.extend(rows) or collate(self, rows, *args)
+encode = run_mlm_flax.encode_texts  # Counting would change its key in the cache.
+run_mlm_flax.encode_texts = lambda *args, **settings: print("encodes") or encode(*args, **settings)
 stop_at, batch = int(os.environ.get("STOP_AT", 0)), run_mlm_flax.Run.batch
 batches = []
 
@@ -154,7 +156,7 @@ def assert_same(one, other):
 def test_two_processes_train_as_one(material, tmp_path, devices, settings):
     for count in devices:
         run_one(command(material, tmp_path / f"alone-{count}", 16 // count, **settings), count, tmp_path)
-    done = run_two(command(material, "output", 4, **settings), tmp_path)
+    done = run_two(command(material, "output", 4, **settings, overwrite_cache=True), tmp_path)
     assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
     for count in devices:
         assert_same(tmp_path / "output", tmp_path / f"alone-{count}")
@@ -165,6 +167,8 @@ def test_two_processes_train_as_one(material, tmp_path, devices, settings):
     eval_steps = -(-read_json(tmp_path / "alone-1", "eval_results.json")["eval_samples"] // 16)
     tried = 2 + 3  # The sparse head, on two samples, and the predictions for three.
     assert counts == [8 * (STEPS + eval_steps) + tried] * 2
+    # A text for each split, which prepares the tokenizer, and the two splits, which process 1 finds in the cache.
+    assert [output.count("encodes") for _, output, _ in done] == [4, 2]
 
 
 def test_a_signal_to_one_stops_both_and_they_resume(material, tmp_path):

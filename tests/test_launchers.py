@@ -166,7 +166,7 @@ def test_one_process_prepares_logs_and_writes_and_both_resume(work, alone):
     weights = safetensors.torch.load_file(work / "output" / "model.safetensors")
     shutil.rmtree(work / "output" / "checkpoint-6")
     before = calls(work)
-    # A text for each split, which prepares the tokenizer, and the two splits, which the other process finds in the cache.
+    # A text for each split, which prepares the tokenizer, and the two splits, which process 1 finds in the cache.
     assert before == {"encode_texts-0": 4, "encode_texts-1": 2}
     done = launch(work, [*TORCHRUN, "noting.py", *arguments("output", 4)])
     assert done.returncode == 0, done.stderr
