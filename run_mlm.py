@@ -22,6 +22,7 @@ import codecs
 import contextlib
 import copy
 import difflib
+import errno
 import functools
 import gc
 import glob
@@ -36,9 +37,11 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass
+import traceback
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -53,6 +56,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -71,7 +75,7 @@ from transformers import (
     set_seed,
 )
 from transformers.hf_argparser import HfArg, HfArgumentParser
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import check_min_version, is_torch_xla_available
@@ -86,15 +90,33 @@ LINE_BY_LINE_DEFAULT = False  # The documented default of this script: texts are
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*", "rank*-optimizer.pt")
 # Arguments by the interval that their values must be in; round brackets exclude the end.
 INTERVALS = {
-    "[1, inf)": "train_batch_size eval_batch_size gradient_accumulation_steps max_seq_length max_train_samples "
-    "max_val_samples preprocessing_num_workers shuffle_buffer_size save_total_limit",
+    "[1, 2147483647]": "train_batch_size eval_batch_size gradient_accumulation_steps max_seq_length max_train_samples "
+    "max_val_samples preprocessing_num_workers shuffle_buffer_size save_total_limit num_processes tpu_num_cores "
+    "eval_accumulation_steps torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout "
+    "per_gpu_train_batch_size per_gpu_eval_batch_size",
+    "[0, 2147483647]": "warmup_steps process_id dataloader_num_workers fsdp_min_num_params neftune_noise_alpha",
+    "[-1, 2147483647]": "max_steps local_rank",
+    "[0, 4294967295]": "seed data_seed",
+    "[1, 99]": "validation_split_percentage",
     "(0, inf)": "num_train_epochs adam_epsilon logging_steps eval_steps save_steps",
-    "[0, inf)": "learning_rate warmup_steps weight_decay max_grad_norm",
+    "[0, inf)": "learning_rate weight_decay max_grad_norm eval_delay",
     "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor dropout_rate",
     "(0, 1]": "mlm_probability final_mlm_probability eval_mlm_probability",
-    "[0, 1]": "mask_replace_prob random_replace_prob",
-    "[1, 99]": "validation_split_percentage",
-    "[0, 4294967295]": "seed",
+    "[0, 1]": "mask_replace_prob random_replace_prob warmup_ratio",
+}
+# Arguments of the Trainer that do not work here, or would do nothing, by the reason.
+UNUSABLE = {
+    "no test data is read; give it as --validation_file": "do_predict",
+    "evaluation keeps sums of loss and hits, and no logits": "batch_eval_metrics eval_do_concat_batches past_index "
+    "include_for_metrics include_inputs_for_metrics jit_mode_eval label_names prediction_loss_only",
+    "the loss is computed in this script": "liger_kernel_config use_liger_kernel",
+    "the order of the samples follows from seed and step": "dataloader_in_order ignore_data_skip length_column_name "
+    "train_sampling_strategy",
+    "a signal always ends the run with a checkpoint": "enable_jit_checkpoint",
+    "mixed precision is that of PyTorch": "fp16_backend fp16_opt_level half_precision_backend",
+    "it is for programs that search hyperparameters, or run on SageMaker": "mp_parameters ray_scope",
+    "give --debug tpu_metrics_debug": "tpu_metrics_debug",
+    "give --torch_compile_backend": "torchdynamo",
 }
 # File extension: loader of `datasets` and its options. Byte-order marks are no text, "NA" is no missing value.
 FILE_FORMATS = {
@@ -126,6 +148,10 @@ ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other
 # ---- 1. Arguments ---------------------------------------------------------------------------------------------------
 class UserError(Exception):
     """A mistake in the arguments or the input: reported in one line, with exit status 2."""
+
+
+class InputError(ValueError):
+    """What this script finds wrong in something that it was given: `user_errors` adds where that comes from."""
 
 
 @dataclass
@@ -210,6 +236,7 @@ class TrainingArguments(transformers.TrainingArguments):
     tpu_num_cores: Optional[int] = HfArg(default=None, help="Number of TPU cores; xla_spawn sets it.")
 
     def __post_init__(self):
+        self.check_usable()
         # The sampler drops the incomplete last step of an epoch; the Trainer would drop batches, in evaluation too.
         self.drop_last_step, self.dataloader_drop_last = self.dataloader_drop_last, False
         self.use_cpu |= not (torch.accelerator.is_available() or is_torch_xla_available())  # Allows --bf16 on a CPU.
@@ -223,6 +250,30 @@ class TrainingArguments(transformers.TrainingArguments):
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir  # The Trainer would make one up.
+        get_reporting_integration_callbacks(self.report_to)  # Raises for an unknown name.
+        self.check_combinations()
+
+    def check_usable(self):
+        """Raise `UserError` for an argument in `UNUSABLE` that is not at its default."""
+        for reason, names in UNUSABLE.items():
+            for item in fields(self):
+                default = item.default_factory() if item.default is MISSING else item.default
+                if item.name in names.split() and getattr(self, item.name) != default:
+                    raise UserError(f"--{item.name} does not work here: {reason}")
+
+    def check_combinations(self):
+        """Raise `UserError` for what the Trainer would find out in the middle of a run."""
+        best, metrics, debug_tpu = self.metric_for_best_model, mean_metrics(0, 0, 1), "tpu_metrics_debug" in self.debug
+        known, workers = best is None or best.removeprefix("eval_") in metrics, self.dataloader_num_workers
+        requirements = [
+            (known, f"--metric_for_best_model {best} is not one of {', '.join(metrics)}"),
+            (self.do_eval or not self.eval_on_start, "--eval_on_start needs --do_eval"),
+            (workers or not self.dataloader_persistent_workers, "--dataloader_persistent_workers has no workers"),
+            (is_torch_xla_available() or not debug_tpu, "--debug tpu_metrics_debug needs torch_xla"),
+        ]
+        for holds, message in requirements:
+            if not holds:
+                raise UserError(message)
 
     @property
     def global_batch_size(self):
@@ -267,7 +318,28 @@ class ArgumentParser(HfArgumentParser):
             flag = unknown[0].split("=")[0]
             closest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8)
             self.error(f"unknown argument {flag}" + (f"; did you mean {closest[0]}?" if closest else ""))
+        for interval, names in INTERVALS.items():
+            low, high = map(float, interval[1:-1].split(","))
+            for flag in (f"--{name}" for name in names.split() if f"--{name}" in self._option_string_actions):
+                value = getattr(namespace, self._option_string_actions[flag].dest)
+                closed = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
+                if value is not None and not (low < value < high or closed):
+                    self.error(f"{flag} {value} is outside {interval}")
         return namespace, unknown
+
+    def make_groups(self, values):
+        """Return the argument groups with the values {name: value}."""
+        names = {group: [item.name for item in fields(group) if item.init] for group in self.dataclass_types}
+        return [group(**{name: values[name] for name in names[group]}) for group in names]
+
+    def find_wrong_flag(self, values):
+        """Return the flag without which the argument groups can be made."""
+        for name, value in values.items():
+            if value != self.get_default(name):
+                with contextlib.suppress(Exception):
+                    self.make_groups({**values, name: self.get_default(name)})
+                    return f"--{name}"
+        return "arguments"
 
 
 def expand_home(value):
@@ -309,22 +381,18 @@ def parse_args(argv=None):
         flags, parser.source = json_flags(argv[0]), f"{argv[0]}: "
         parser.parse_known_args(flags)  # Its errors name the file.
         argv, parser.source = flags + argv[1:], ""
-    with user_errors("arguments"):
-        groups = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    values = vars(parser.parse_args(argv))
+    try:
+        groups = parser.make_groups(values)
+    except Exception:
+        with user_errors(parser.find_wrong_flag(values)):
+            groups = parser.make_groups(values)
     check_args(*groups)
     return groups
 
 
 def check_args(model, data, training):
-    """Raise `UserError` for numbers out of range and settings that contradict each other, before anything is loaded."""
-    for interval, names in INTERVALS.items():
-        low, high = map(float, interval[1:-1].split(","))
-        for name in names.split():
-            for group in (model, data, training):
-                value = getattr(group, name, None)
-                closed = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
-                if value is not None and not (low < value < high or closed):
-                    raise UserError(f"--{name} {value} is outside {interval}")
+    """Raise `UserError` for settings that contradict each other, before anything is loaded."""
     references = data.train_ref_file or data.validation_ref_file
     new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES)
     replaced = data.mask_replace_prob + data.random_replace_prob
@@ -345,7 +413,7 @@ def check_args(model, data, training):
         (final_share <= data.mlm_probability, f"--final_mlm_probability {final_share} is above --mlm_probability"),
         (data.train_file or not data.train_ref_file, "--train_ref_file needs --train_file"),
         (data.validation_file or not data.validation_ref_file, "--validation_ref_file needs --validation_file"),
-        (data.line_by_line or not references, "reference files need --line_by_line true"),
+        (data.line_by_line or not references, "--train_ref_file and --validation_ref_file need --line_by_line true"),
         (not (references and data.whole_word_mask), "use either --whole_word_mask or reference files"),
         (not (references and data.streaming), "reference files do not work with --streaming"),
         (training.max_steps > 0 or not (data.streaming and training.do_train), "--streaming needs --max_steps"),
@@ -362,18 +430,53 @@ def check_args(model, data, training):
 
 
 @contextlib.contextmanager
-def user_errors(subject):
-    """Turn any exception raised in the block into a `UserError` about `subject`."""
+def user_errors(subject, kinds=Exception):
+    """Turn an exception raised in the block into a `UserError` about `subject`, unless it is a bug of this script."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except kinds as error:
+        if is_bug(error):
+            raise
         cause = error.__cause__ or error
         text = str(cause).removeprefix(f"[Errno {getattr(cause, 'errno', None)}]").removesuffix(f": {subject!r}")
         text = text.strip() or type(cause).__name__
         text = text if len(text) <= MAX_CAUSE else f"{text[:MAX_CAUSE]} ..."
         raise UserError(f"{subject}: {text}") from error
+
+
+def is_bug(error):
+    """Return whether a line of this script raised the exception, or one that caused it.
+
+    Libraries raise theirs for what they read of the user's. A line of this script does so only where it opens or
+    decodes a file, or with an `InputError`.
+    """
+    while error is not None:
+        # As text: an exception from another process has no frames.
+        trace = "".join(traceback.format_exception(error, chain=False))
+        files = re.findall('^ *File "(.+)", line ', trace, re.MULTILINE)
+        own = files[-1:] == [is_bug.__code__.co_filename]
+        if own and not isinstance(error, (OSError, UnicodeError, InputError)):
+            return True
+        error = error.__cause__
+    return False
+
+
+@contextlib.contextmanager
+def write_errors(folder, what):
+    """Turn a failure to write `what` to a folder into a `UserError`, which says so if the disk is full."""
+    try:
+        with user_errors(f"--output_dir {folder}: {what} cannot be written", (OSError, RuntimeError, SafetensorError)):
+            yield
+    except UserError as error:
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:  # PyTorch does not say why it cannot write.
+                file.write(bytes(2**20))
+        except OSError as reason:
+            if reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise UserError(f"{error} (is the disk full?)") from error
+        raise
 
 
 def exit_on_user_error(main):
@@ -519,6 +622,8 @@ def encode_texts(table, tokenizer, column, line_by_line, max_seq_length, whole_w
     Line by line, each non-blank text is a row, truncated; else the texts are joined and cut into full rows. With
     whole words or references, `continues_word: list<uint8>` is 1 where a token belongs to the word before it.
     """
+    if str(table[column].type) not in ("string", "large_string", "null"):  # Of a stream, whose columns have no types.
+        raise InputError(f"the column {column} holds {table[column].type}, not text; see --text_column_name")
     texts = [text or "" for text in table[column].to_pylist()]
     kept = [i for i, text in enumerate(texts) if not line_by_line or (text and not text.isspace())]
     texts = [texts[i] for i in kept]
@@ -551,14 +656,14 @@ def encode_texts(table, tokenizer, column, line_by_line, max_seq_length, whole_w
 
 
 def find_text_column(raw, wanted):
-    """Return the name of the text column; raises `ValueError` for a column without text."""
+    """Return the name of the text column; raises `InputError` for a column without text."""
     names = raw.column_names or list(next(iter(raw), {"text": ""}))
     column = wanted or ("text" if "text" in names else names[0])
     if column not in names:
-        raise ValueError(f"--text_column_name {column} is not one of the columns {', '.join(names)}")
+        raise InputError(f"--text_column_name {column} is not one of the columns {', '.join(names)}")
     kind = raw.features[column] if raw.features else datasets.Value("string")
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
+        raise InputError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
     return column
 
 
@@ -1138,6 +1243,8 @@ def resize_vocabulary(model, size):
 def load_tensorflow_model(path, config):
     """Return the model of an original TensorFlow checkpoint (BERT; `from_tf` fails in Transformers 4.57)."""
     source = AutoModelForPreTraining.from_config(config)  # Has a place for the pooler and the second head of the file.
+    if not getattr(type(source), "load_tf_weights", None):
+        raise InputError(f"Transformers {transformers.__version__} reads no TensorFlow checkpoint of this architecture")
     type(source).load_tf_weights(source, config, path)
     model = AutoModelForMaskedLM.from_config(config)
     model.load_state_dict(source.state_dict(), strict=False)
@@ -1171,26 +1278,34 @@ def model_inputs(model, batch):
 
 
 @contextlib.contextmanager
-def sparse_head(model, positions, start):
+def sparse_head(model, positions, shape, start):
     """Keep only the hidden states at `positions` (flat, [K]), as [1, K, H], from a place in `model` on.
 
     `start` is "encoder": behind the encoder, so that only the head is sparse; or "layer": behind the last attention.
+    Raises `InputError` for a model without this place, or whose hidden states there are not `shape` (B, L) by H.
     """
 
+    def select(hidden):
+        if getattr(hidden, "shape", ())[:2] != shape:
+            raise InputError(f"no hidden state of each token at the start {start!r}")
+        return hidden.flatten(0, 1)[positions][None]
+
     def select_inputs(module, inputs):
-        return tuple(hidden.flatten(0, 1)[positions][None] for hidden in inputs)
+        return tuple(map(select, inputs))
 
     def select_outputs(module, inputs, output):
-        hidden = output[0].flatten(0, 1)[positions][None]
+        hidden = select(output[0])
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output["last_hidden_state"] = hidden
         return output
 
     if start == "layer":
-        last = f".{model.config.num_hidden_layers - 1}.attention.output"
-        module = next(module for path, module in model.named_modules() if path.endswith(last))
-        handle = module.register_forward_pre_hook(select_inputs)
+        last = f".{getattr(model.config, 'num_hidden_layers', 0) - 1}.attention.output"
+        found = [module for path, module in model.named_modules() if path.endswith(last)]
+        if not found:
+            raise InputError(f"no module {last}")
+        handle = found[0].register_forward_pre_hook(select_inputs)
     else:
         handle = model.base_model.register_forward_hook(select_outputs)
     try:
@@ -1207,11 +1322,12 @@ def find_sparse_start(model, collator, max_seq_length):
     for start, length in (("encoder", min(32, max_seq_length)), ("layer", min(31, max_seq_length))):
         ids = np.arange(2 * length).reshape(2, -1) % collator.vocab_size
         batch = {name: value.to(model.device) for name, value in collator([{"input_ids": row} for row in ids]).items()}
-        inputs = model_inputs(model, batch)
+        inputs, shape = model_inputs(model, batch), batch["labels"].shape
         positions = (torch.arange(2 * length, device=model.device) % 3).nonzero()[:, 0]
         with torch.no_grad():
             dense, sparse = model(**inputs).logits.flatten(0, 1)[positions], torch.zeros(0)
-            with contextlib.suppress(Exception), sparse_head(model, positions, start):  # Models fail in many ways.
+            # Models fail in many ways, and then do not allow this start.
+            with contextlib.suppress(UserError), user_errors(start), sparse_head(model, positions, shape, start):
                 sparse = model(**inputs).logits[0]
         if sparse.shape == dense.shape and (sparse - dense).abs().max() <= 1e-3 * dense.abs().max():
             found = start
@@ -1229,7 +1345,9 @@ class MaskedLMTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
         if sparse_start and (self.args.gradient_checkpointing or self.args.torch_compile or self.args.fsdp):
             sparse_start = "encoder"  # Layers may run again in the backward pass, without the hook; FSDP wraps them.
-        self.sparse_start = None if self.args.n_gpu > 1 else sparse_start  # DataParallel splits the batch.
+        if self.args.n_gpu > 1 or self.args.debug:  # DataParallel splits the batch; debugging cannot look at no rows.
+            sparse_start = None
+        self.sparse_start = sparse_start
         self.settings, self.losses, self.plan = settings, LossSums(), None
         self.micro_batch, self.step_loss, self.step_losses = 0, 0.0, []
         self.timer = 0, time.perf_counter()
@@ -1238,7 +1356,8 @@ class MaskedLMTrainer(Trainer):
 
     def masked_logits(self, model, inputs):
         """Return (logits [K, V], labels [K]) at the masked positions."""
-        labels, unwrapped = inputs["labels"].flatten(), self.accelerator.unwrap_model(model)
+        labels, shape = inputs["labels"].flatten(), inputs["labels"].shape
+        unwrapped = self.accelerator.unwrap_model(model)
         if "positions" not in inputs:  # The collator is not ours.
             inputs["positions"] = (labels != IGNORED_LABEL).nonzero()[:, 0]
         positions, inputs = inputs["positions"], model_inputs(unwrapped, inputs)
@@ -1247,7 +1366,7 @@ class MaskedLMTrainer(Trainer):
             return model(**inputs).logits.flatten(0, 1)[positions], labels
         if self.args.torch_compile:
             torch._dynamo.maybe_mark_dynamic(positions, 0)  # Or each K would be compiled.
-        with sparse_head(unwrapped, positions, self.sparse_start):
+        with sparse_head(unwrapped, positions, shape, self.sparse_start):
             return model(**inputs).logits.flatten(0, 1), labels
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -1296,13 +1415,26 @@ class MaskedLMTrainer(Trainer):
             logs["train_loss"] = self.losses.mean()
         super().log(logs, *args, **kwargs)
 
+    def create_accelerator_and_postprocess(self):
+        """Set up Accelerate; raises `UserError` for what this machine cannot do."""
+        with user_errors("--fsdp, --deepspeed, --accelerator_config or --torch_compile_backend"):
+            super().create_accelerator_and_postprocess()
+
     def create_optimizer(self, *args, **kwargs):
         """Return the optimizer; raises `UserError` for one that is not installed."""
-        with user_errors(f"--optim {self.args.optim.value}"):
+        more = ", --optim_args" if self.args.optim_args else ""
+        with user_errors(f"--optim {self.args.optim.value}{more}"):
             return super().create_optimizer(*args, **kwargs)
 
-    create_scheduler = user_errors("--lr_scheduler_type, --lr_scheduler_kwargs")(Trainer.create_scheduler)
-    init_hf_repo = user_errors("--push_to_hub, --hub_model_id")(Trainer.init_hf_repo)
+    def create_scheduler(self, *args, **kwargs):
+        """Return the schedule; raises `UserError` for arguments that do not fit it."""
+        with user_errors("--lr_scheduler_type, --lr_scheduler_kwargs"):
+            return super().create_scheduler(*args, **kwargs)
+
+    def init_hf_repo(self, *args, **kwargs):
+        """Create the hub repository; raises `UserError` if that fails."""
+        with user_errors("--push_to_hub, --hub_model_id"):
+            super().init_hf_repo(*args, **kwargs)
 
     # Trainer internals: all of them are needed with Transformers 4.57 and 5.
 
@@ -1359,11 +1491,11 @@ class MaskedLMTrainer(Trainer):
         self.average_losses()
         run = run_state(self.plan, self.losses, self.settings, self.state.global_step)
         self.state.stateful_callbacks["run"] = run  # Part of `trainer_state.json`, which completes the checkpoint.
-        with user_errors(f"--output_dir {self.args.output_dir}: a checkpoint cannot be written (is the disk full?)"):
-            replace_old_run(self.args)
-            self.accelerator.wait_for_everyone()  # Each process writes to the folder.
+        replace_old_run(self.args)
+        self.accelerator.wait_for_everyone()  # Each process writes to the folder.
+        with write_errors(self.args.output_dir, "a checkpoint"):
             super()._save_checkpoint(*args, **kwargs)
-            rotate_checkpoints(self.args, self.save_total_limit, self.state.global_step)
+        rotate_checkpoints(self.args, self.save_total_limit, self.state.global_step)
 
     def end_step(self):
         """Count the loss of a step; it is read later on TPUs, where reading waits for the step."""
@@ -1391,8 +1523,8 @@ class MaskedLMTrainer(Trainer):
 class RunCallback(TrainerCallback):
     """Decides what is due after each step, makes up an evaluation on a resume, and stops after a signal."""
 
-    def __init__(self, trainer, signals, checkpoint):
-        self.trainer, self.signals, self.checkpoint = trainer, signals, checkpoint
+    def __init__(self, trainer, signals, checkpoint, setup):
+        self.trainer, self.signals, self.checkpoint, self.setup = trainer, signals, checkpoint, setup
 
     def received(self):
         """Return the signal that any of the processes has received, or 0."""
@@ -1403,6 +1535,7 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Check and log the steps to come; evaluate if a stop came before the evaluation of the last step."""
+        self.setup.close()
         if state.global_step > state.max_steps:
             raise UserError(f"checkpoint-{state.global_step} is already past the {state.max_steps} steps asked for")
         state.compute_steps(args, state.max_steps)  # The Trainer would keep the intervals of the checkpoint.
@@ -1839,13 +1972,15 @@ def train(trainer, checkpoint, signals):
     """Train, save the model and return the metrics; exits with 128 + signal, checkpoint saved, after a signal."""
     args = trainer.args
     logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
-    callback = RunCallback(trainer, signals, checkpoint)
+    setup = contextlib.ExitStack()
+    callback = RunCallback(trainer, signals, checkpoint, setup)
     trainer.remove_callback(DefaultFlowCallback)  # `RunCallback` calls it.
     trainer.add_callback(callback)
-    with signals.defer():
+    with signals.defer(), setup:
+        setup.enter_context(user_errors("the Trainer"))  # Flags cause what fails before the callback closes `setup`.
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        with user_errors(f"--output_dir {args.output_dir}"):
-            replace_old_run(args, trained=trainer.state.global_step > trainer.plan.first_step)
+        replace_old_run(args, trained=trainer.state.global_step > trainer.plan.first_step)
+        with write_errors(args.output_dir, "the model"):
             trainer.save_model(_internal_call=True)  # Without an upload: `publish` does that.
         if received := callback.received():
             signals.stop(received, " after the last step; the model is saved")

@@ -21,6 +21,7 @@ import codecs
 import contextlib
 import copy
 import difflib
+import errno
 import functools
 import glob
 import inspect
@@ -33,9 +34,11 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, field
+import traceback
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
@@ -58,6 +61,7 @@ from flax.traverse_util import flatten_dict
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from jax import lax
 from jax.experimental import multihost_utils
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -91,15 +95,19 @@ SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sq
 MAX_SHAPES = 6  # Lengths that batches are padded to: each one is a compilation.
 # Arguments by the interval that their values must be in; round brackets exclude the end.
 INTERVALS = {
-    "[1, inf)": "train_batch_size eval_batch_size gradient_accumulation_steps max_seq_length max_train_samples "
-    "max_val_samples preprocessing_num_workers shuffle_buffer_size save_total_limit",
+    "[1, 2147483647]": "train_batch_size eval_batch_size gradient_accumulation_steps max_seq_length max_train_samples "
+    "max_val_samples preprocessing_num_workers shuffle_buffer_size save_total_limit num_processes tpu_num_cores "
+    "eval_accumulation_steps torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout "
+    "per_gpu_train_batch_size per_gpu_eval_batch_size",
+    "[0, 2147483647]": "warmup_steps process_id dataloader_num_workers fsdp_min_num_params neftune_noise_alpha",
+    "[-1, 2147483647]": "max_steps local_rank",
+    "[0, 4294967295]": "seed data_seed",
+    "[1, 99]": "validation_split_percentage",
     "(0, inf)": "num_train_epochs adam_epsilon logging_steps eval_steps save_steps",
-    "[0, inf)": "learning_rate warmup_steps weight_decay max_grad_norm",
+    "[0, inf)": "learning_rate weight_decay max_grad_norm eval_delay",
     "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor dropout_rate",
     "(0, 1]": "mlm_probability final_mlm_probability eval_mlm_probability",
-    "[0, 1]": "mask_replace_prob random_replace_prob",
-    "[1, 99]": "validation_split_percentage",
-    "[0, 4294967295]": "seed",
+    "[0, 1]": "mask_replace_prob random_replace_prob warmup_ratio",
 }
 # File extension: loader of `datasets` and its options. Byte-order marks are no text, "NA" is no missing value.
 FILE_FORMATS = {
@@ -131,6 +139,10 @@ ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other
 # ---- 1. Arguments ---------------------------------------------------------------------------------------------------
 class UserError(Exception):
     """A mistake in the arguments or the input: reported in one line, with exit status 2."""
+
+
+class InputError(ValueError):
+    """What this script finds wrong in something that it was given: `user_errors` adds where that comes from."""
 
 
 @dataclass
@@ -249,6 +261,8 @@ class TrainingArguments:
         self.drop_last_step = self.dataloader_drop_last
         self.old_run, self.named_checkpoints = [], []  # Set by `note_old_run`.
         self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs or "{}")
+        if not isinstance(self.lr_scheduler_kwargs, dict):
+            raise InputError("--lr_scheduler_kwargs must be a JSON object")
         create_schedule(self, num_steps=1)  # Raises an error that says what is wrong.
 
     @property
@@ -291,7 +305,28 @@ class ArgumentParser(HfArgumentParser):
             flag = unknown[0].split("=")[0]
             closest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8)
             self.error(f"unknown argument {flag}" + (f"; did you mean {closest[0]}?" if closest else ""))
+        for interval, names in INTERVALS.items():
+            low, high = map(float, interval[1:-1].split(","))
+            for flag in (f"--{name}" for name in names.split() if f"--{name}" in self._option_string_actions):
+                value = getattr(namespace, self._option_string_actions[flag].dest)
+                closed = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
+                if value is not None and not (low < value < high or closed):
+                    self.error(f"{flag} {value} is outside {interval}")
         return namespace, unknown
+
+    def make_groups(self, values):
+        """Return the argument groups with the values {name: value}."""
+        names = {group: [item.name for item in fields(group) if item.init] for group in self.dataclass_types}
+        return [group(**{name: values[name] for name in names[group]}) for group in names]
+
+    def find_wrong_flag(self, values):
+        """Return the flag without which the argument groups can be made."""
+        for name, value in values.items():
+            if value != self.get_default(name):
+                with contextlib.suppress(Exception):
+                    self.make_groups({**values, name: self.get_default(name)})
+                    return f"--{name}"
+        return "arguments"
 
 
 def expand_home(value):
@@ -333,22 +368,18 @@ def parse_args(argv=None):
         flags, parser.source = json_flags(argv[0]), f"{argv[0]}: "
         parser.parse_known_args(flags)  # Its errors name the file.
         argv, parser.source = flags + argv[1:], ""
-    with user_errors("arguments"):
-        groups = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    values = vars(parser.parse_args(argv))
+    try:
+        groups = parser.make_groups(values)
+    except Exception:
+        with user_errors(parser.find_wrong_flag(values)):
+            groups = parser.make_groups(values)
     check_args(*groups)
     return groups
 
 
 def check_args(model, data, training):
-    """Raise `UserError` for numbers out of range and settings that contradict each other, before anything is loaded."""
-    for interval, names in INTERVALS.items():
-        low, high = map(float, interval[1:-1].split(","))
-        for name in names.split():
-            for group in (model, data, training):
-                value = getattr(group, name, None)
-                closed = (interval[0] == "[" and value == low) or (interval[-1] == "]" and value == high)
-                if value is not None and not (low < value < high or closed):
-                    raise UserError(f"--{name} {value} is outside {interval}")
+    """Raise `UserError` for settings that contradict each other, before anything is loaded."""
     references = data.train_ref_file or data.validation_ref_file
     new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES)
     replaced = data.mask_replace_prob + data.random_replace_prob
@@ -369,7 +400,7 @@ def check_args(model, data, training):
         (final_share <= data.mlm_probability, f"--final_mlm_probability {final_share} is above --mlm_probability"),
         (data.train_file or not data.train_ref_file, "--train_ref_file needs --train_file"),
         (data.validation_file or not data.validation_ref_file, "--validation_ref_file needs --validation_file"),
-        (data.line_by_line or not references, "reference files need --line_by_line true"),
+        (data.line_by_line or not references, "--train_ref_file and --validation_ref_file need --line_by_line true"),
         (not (references and data.whole_word_mask), "use either --whole_word_mask or reference files"),
         (not (references and data.streaming), "reference files do not work with --streaming"),
         (training.max_steps > 0 or not (data.streaming and training.do_train), "--streaming needs --max_steps"),
@@ -386,18 +417,53 @@ def check_args(model, data, training):
 
 
 @contextlib.contextmanager
-def user_errors(subject):
-    """Turn any exception raised in the block into a `UserError` about `subject`."""
+def user_errors(subject, kinds=Exception):
+    """Turn an exception raised in the block into a `UserError` about `subject`, unless it is a bug of this script."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:
+    except kinds as error:
+        if is_bug(error):
+            raise
         cause = error.__cause__ or error
         text = str(cause).removeprefix(f"[Errno {getattr(cause, 'errno', None)}]").removesuffix(f": {subject!r}")
         text = text.strip() or type(cause).__name__
         text = text if len(text) <= MAX_CAUSE else f"{text[:MAX_CAUSE]} ..."
         raise UserError(f"{subject}: {text}") from error
+
+
+def is_bug(error):
+    """Return whether a line of this script raised the exception, or one that caused it.
+
+    Libraries raise theirs for what they read of the user's. A line of this script does so only where it opens or
+    decodes a file, or with an `InputError`.
+    """
+    while error is not None:
+        # As text: an exception from another process has no frames.
+        trace = "".join(traceback.format_exception(error, chain=False))
+        files = re.findall('^ *File "(.+)", line ', trace, re.MULTILINE)
+        own = files[-1:] == [is_bug.__code__.co_filename]
+        if own and not isinstance(error, (OSError, UnicodeError, InputError)):
+            return True
+        error = error.__cause__
+    return False
+
+
+@contextlib.contextmanager
+def write_errors(folder, what):
+    """Turn a failure to write `what` to a folder into a `UserError`, which says so if the disk is full."""
+    try:
+        with user_errors(f"--output_dir {folder}: {what} cannot be written", (OSError, RuntimeError, SafetensorError)):
+            yield
+    except UserError as error:
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:  # PyTorch does not say why it cannot write.
+                file.write(bytes(2**20))
+        except OSError as reason:
+            if reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise UserError(f"{error} (is the disk full?)") from error
+        raise
 
 
 def exit_on_user_error(main):
@@ -543,6 +609,8 @@ def encode_texts(table, tokenizer, column, line_by_line, max_seq_length, whole_w
     Line by line, each non-blank text is a row, truncated; else the texts are joined and cut into full rows. With
     whole words or references, `continues_word: list<uint8>` is 1 where a token belongs to the word before it.
     """
+    if str(table[column].type) not in ("string", "large_string", "null"):  # Of a stream, whose columns have no types.
+        raise InputError(f"the column {column} holds {table[column].type}, not text; see --text_column_name")
     texts = [text or "" for text in table[column].to_pylist()]
     kept = [i for i, text in enumerate(texts) if not line_by_line or (text and not text.isspace())]
     texts = [texts[i] for i in kept]
@@ -575,14 +643,14 @@ def encode_texts(table, tokenizer, column, line_by_line, max_seq_length, whole_w
 
 
 def find_text_column(raw, wanted):
-    """Return the name of the text column; raises `ValueError` for a column without text."""
+    """Return the name of the text column; raises `InputError` for a column without text."""
     names = raw.column_names or list(next(iter(raw), {"text": ""}))
     column = wanted or ("text" if "text" in names else names[0])
     if column not in names:
-        raise ValueError(f"--text_column_name {column} is not one of the columns {', '.join(names)}")
+        raise InputError(f"--text_column_name {column} is not one of the columns {', '.join(names)}")
     kind = raw.features[column] if raw.features else datasets.Value("string")
     if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
+        raise InputError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
     return column
 
 
@@ -1165,7 +1233,7 @@ def create_learning_rate_scheduler(
     steps_per_decay=20000,
     steps_per_cycle=100000,
 ):
-    """Return step -> learning rate: the product of named factors (Flax, examples/lm1b); `ValueError` if unknown."""
+    """Return step -> learning rate: the product of named factors (Flax, examples/lm1b); `InputError` if unknown."""
     warmup = max(1, warmup_steps)
 
     def cosine(step):
@@ -1183,15 +1251,17 @@ def create_learning_rate_scheduler(
     names = [name.strip() for name in factors.split("*")]
     for name in names:
         if name not in known:
-            raise ValueError(f"unknown factor {name!r} in the schedule {factors!r}; known: {', '.join(known)}")
+            raise InputError(f"unknown factor {name!r} in the schedule {factors!r}; known: {', '.join(known)}")
     return lambda step: jnp.asarray(math.prod(known[name](step) for name in names), jnp.float32)
 
 
 def warmup_stable_decay(rate, warmup, num_steps, num_decay_steps, decay_type="cosine", min_lr_ratio=0.0):
     """Return step -> learning rate: warmup, a constant rate, a decay at the end (Transformers, `get_wsd_schedule`)."""
     if decay_type not in ("linear", "cosine", "1-sqrt"):
-        raise ValueError(f"decay_type {decay_type} is not linear, cosine or 1-sqrt")
-    length, height = max(1, num_decay_steps), 1 - min_lr_ratio  # Fails at once if these are no numbers.
+        raise InputError(f"decay_type {decay_type} is not linear, cosine or 1-sqrt")
+    if type(num_decay_steps) is not int or not isinstance(min_lr_ratio, (int, float)):
+        raise InputError(f"num_decay_steps {num_decay_steps} or min_lr_ratio {min_lr_ratio} is not a number")
+    length, height = max(1, num_decay_steps), 1 - min_lr_ratio
 
     def schedule(step):
         done = jnp.clip((step - num_steps + num_decay_steps) / length, 0, 1)
@@ -1208,6 +1278,7 @@ def create_schedule(args, num_steps):
     timescale = warmup or 10_000
     if name == "warmup_stable_decay":
         with user_errors("--lr_scheduler_kwargs"):
+            inspect.signature(warmup_stable_decay).bind(rate, warmup, num_steps, **args.lr_scheduler_kwargs)
             return warmup_stable_decay(rate, warmup, num_steps, **args.lr_scheduler_kwargs)
     if args.lr_scheduler_kwargs:
         raise UserError("--lr_scheduler_kwargs is for warmup_stable_decay only")
@@ -1302,6 +1373,8 @@ def masked_logits(params, batch, dropout_rng=None, *, model, sparse_start="encod
     last_attention = (str(getattr(model.config, "num_hidden_layers", 0) - 1), "attention", "output")
 
     def select(hidden):
+        if jnp.shape(hidden)[:2] != batch["input_ids"].shape:
+            raise InputError(f"no hidden state of each token at the start {sparse_start!r}")
         return hidden.reshape(-1, hidden.shape[-1])[batch["positions"]][None]
 
     def intercept(call, args, kwargs, context):
@@ -1336,10 +1409,11 @@ def find_sparse_start(model, collator, max_seq_length):
     dense = dense.reshape(-1, dense.shape[-1])[positions]
     for start in ("encoder", "layer"):
         forward = jax.jit(functools.partial(masked_logits, model=model, sparse_start=start))
-        with contextlib.suppress(Exception):  # Models fail in many ways.
+        sparse = jnp.zeros(0)
+        with contextlib.suppress(UserError), user_errors(start):  # Models fail in many ways, if they do not allow it.
             sparse = forward(model.params, {**batch, "positions": positions})
-            if sparse.shape == dense.shape and jnp.abs(sparse - dense).max() <= 1e-3 * jnp.abs(dense).max():
-                found = start
+        if sparse.shape == dense.shape and jnp.abs(sparse - dense).max() <= 1e-3 * jnp.abs(dense).max():
+            found = start
     if found is None:
         logger.warning(f"{type(model).__name__} needs all positions in its head: training with the dense head.")
     return found
@@ -2045,7 +2119,7 @@ def write_model(run, params, folder):
         return
     config = copy.deepcopy(run.model.config)
     config.architectures = [type(run.model).__name__.removeprefix("Flax")]
-    with user_errors(f"--output_dir {run.args.output_dir}: the model cannot be written (is the disk full?)"):
+    with write_errors(run.args.output_dir, "the model"):
         config.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
         weights = pytorch_weights(jax_utils.unreplicate(params))
@@ -2058,7 +2132,7 @@ def save_checkpoint(run, state):
     replace_old_run(args)
     write_model(run, state.params, folder)
     if args.should_log:
-        with user_errors(f"--output_dir {args.output_dir}: a checkpoint cannot be written (is the disk full?)"):
+        with write_errors(args.output_dir, "a checkpoint"):
             opt_state = jax.device_get(jax_utils.unreplicate(state.opt_state))
             with open(os.path.join(folder, "optimizer.msgpack"), "wb") as file:
                 file.write(serialization.to_bytes(opt_state))

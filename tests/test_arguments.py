@@ -201,11 +201,11 @@ def test_a_tilde_is_the_users_folder_in_every_path(script, write_config, tmp_pat
 
 def test_lists_and_nested_objects_in_a_file_reach_the_trainer(required, write_config):
     run_mlm = importlib.import_module("run_mlm")
-    path = write_config({**required, "label_names": ["labels", "more"], "lr_scheduler_kwargs": {"num_cycles": 2}})
+    path = write_config({**required, "report_to": ["wandb", "mlflow"], "lr_scheduler_kwargs": {"num_cycles": 2}})
     settings = parse_checked(run_mlm, [path])
-    assert settings["label_names"] == ["labels", "more"]
+    assert settings["report_to"] == ["wandb", "mlflow"]
     assert settings["lr_scheduler_kwargs"] == {"num_cycles": 2}
-    assert parse_checked(run_mlm, [path, "--label_names", "labels"])["label_names"] == ["labels"]
+    assert parse_checked(run_mlm, [path, "--report_to", "wandb"])["report_to"] == ["wandb"]
 
 
 @pytest.mark.flax
