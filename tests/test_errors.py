@@ -605,7 +605,7 @@ def diverging(model_folder, text_files, output, **changes):
 def test_a_loss_that_is_not_finite(script, model_folder, text_files, tmp_path, capfd, changes):
     output = tmp_path / "output"
     line = error_line(script, diverging(model_folder, text_files, output, **changes), capfd)
-    assert "the loss is nan after step 1" in line or "the loss is nan after step 2" in line
+    assert "the loss is nan in step 2" in line
     assert "--learning_rate" in line
     saved = [f"checkpoint-{step}" for step in (1,) if changes["save_steps"] == 1]
     assert [path.name for path in output.glob("checkpoint-*")] == saved
