@@ -9,10 +9,11 @@ Fine-tune a BERT-like model, or train one from scratch:
 `run_mlm_flax.py` is the same program on JAX: the same flags, masks, batches and result files. What has the same name
 in both scripts has the same source.
 
-What to change where: the masking rule in `mask_tokens`, which tokens are never masked in `MaskingCollator`, how text
-becomes rows of token ids in `encode_texts`, the loss in `MaskedLMTrainer.compute_loss`, the optimizer with `--optim` or
-in `MaskedLMTrainer.create_optimizer`, the metrics in `prediction_step`, `masked_lm_metrics` and `mean_metrics`, file
-formats in `FILE_FORMATS`.
+Where to change what: the masking rule in `mask_tokens`, which sees token ids, not text; which ids are never masked in
+`MaskingCollator`; how text becomes rows of ids in `encode_texts`; the order of the samples in `epoch_order`; the loss
+in `MaskedLMTrainer.compute_loss`; the optimizer with `--optim` or in `MaskedLMTrainer.create_optimizer`; the metrics in
+`prediction_step`, `masked_lm_metrics` and `mean_metrics`; file formats in `FILE_FORMATS`. A new flag is a field of an
+argument class, with its limits in `INTERVALS` or `check_args`; `tests/flags_table.py --write` then lists it.
 
 Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size.
 """

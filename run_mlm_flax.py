@@ -9,9 +9,11 @@ Fine-tune a BERT-like model, or train one from scratch:
 `run_mlm.py` is the same program on PyTorch: the same flags, masks, batches and result files. PyTorch is not used here.
 What has the same name in both scripts has the same source.
 
-What to change where: the masking rule in `mask_tokens`, which tokens are never masked in `MaskingCollator`, how text
-becomes rows of token ids in `encode_texts`, the loss in `cross_entropy`, the optimizer in `create_optimizer`, the
-metrics in `compute_metrics`, `evaluate` and `mean_metrics`, file formats in `FILE_FORMATS`.
+Where to change what: the masking rule in `mask_tokens`, which sees token ids, not text; which ids are never masked in
+`MaskingCollator`; how text becomes rows of ids in `encode_texts`; the order of the samples in `epoch_order`; the loss
+in `cross_entropy`; the optimizer in `create_optimizer`; the metrics in `compute_metrics` and `mean_metrics`; file
+formats in `FILE_FORMATS`. A new flag is a field of an argument class, with its limits in `INTERVALS` or
+`check_args`; `tests/flags_table.py --write` then lists it.
 
 Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size,
 A accumulated batches, D devices.
