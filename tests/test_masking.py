@@ -393,16 +393,17 @@ def test_padding_goes_to_the_tokenizers_side(tokenizer, encoded, make):
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_a_data_loader_of_any_kind_gives_the_same_batches(tokenizer, workers, batch_size):
     dataset = tokenized(run_mlm, tokenizer)
+    second = [run_mlm.SampleKey(i, epoch=1) for i in range(50)]
     loader = torch.utils.data.DataLoader(
         dataset,
         batch_size,
-        sampler=range(50 * 50, 50 * 51),  # Keys of the second epoch, whose samples are number 50 and after.
+        sampler=second,
         collate_fn=run_mlm.MaskedLMCollator(tokenizer, seed=5, length=16),
         num_workers=workers,
     )
     batches = list(loader)
     collator = run_mlm.MaskingCollator(tokenizer, seed=5)
-    everything = collator.collate([dataset[50 * 50 + i] for i in range(50)], length=16)
+    everything = collator.collate([dataset[key] for key in second], length=16)
     for name, array in everything.items():
         np.testing.assert_array_equal(torch.cat([batch[name] for batch in batches]).numpy(), array)
     first = collator.collate([dataset[i] for i in range(50)], length=16)

@@ -102,7 +102,7 @@ def test_chinese_words_are_masked_whole_from_end_to_end(script, chinese, tmp_pat
     collator = script.MaskingCollator(tokenizer, mlm_probability=0.5)
     shares = set()
     for epoch, i in itertools.product(range(40), range(len(dataset))):
-        sample = dataset[epoch * len(dataset) ** 2 + i]
+        sample = dataset[script.SampleKey(i, epoch)]
         _, labels = collator.mask(sample)
         chosen = np.split(labels >= 0, np.flatnonzero(sample["continues_word"] == 0))
         shares |= {float(word.mean()) for word in chosen if len(word)}
