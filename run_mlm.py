@@ -1485,6 +1485,11 @@ class MaskedLMTrainer(Trainer):
             self.lr_scheduler.base_lrs, self.lr_scheduler.last_epoch = peaks, self.lr_scheduler.last_epoch - 1
             self.lr_scheduler.step()
 
+    def _load_scaler(self, checkpoint):
+        if self.accelerator.scaler:  # A run without --fp16, such as one on a CPU, has none to load.
+            with user_errors(f"the scale of the loss in {checkpoint}"):
+                super()._load_scaler(checkpoint)
+
     def _load_rng_state(self, checkpoint):
         pass  # No random number depends on what was drawn before.
 

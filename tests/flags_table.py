@@ -28,7 +28,7 @@ TRAINER_FLAGS = {
     "warmup_ratio": "Warmup as a share of all steps.",
     "dataloader_num_workers": "Processes that prepare batches.",
     "load_best_model_at_end": "Save the best checkpoint's model, not the last one.",
-    "metric_for_best_model": "What is best: `loss` or `accuracy` of the evaluation.",
+    "metric_for_best_model": "What is best: `loss`, `accuracy` or `perplexity` of the evaluation.",
     "report_to": "Where to log: `tensorboard`, `wandb`, `none`, … (default: all that are installed).",
     "run_name": "Name of the run in those logs.",
     "hub_strategy": "When to upload with `--push_to_hub`: `end`, `every_save`, `checkpoint` or `all_checkpoints`.",
@@ -96,8 +96,8 @@ def make_tables():
     lines += ["", "### Both scripts: data", "", *make_table(shared["DataTrainingArguments"])]
     lines += ["", "### Both scripts: training", "", *make_table(shared["TrainingArguments"])]
     lines += ["", "### `run_mlm.py` alone", ""]
-    lines += ["All other arguments of `transformers.TrainingArguments` work too; the Transformers documentation"]
-    lines += ["describes them under that name (those of 4.57; Transformers 5 has some others). The most used:", ""]
+    lines += ["The other arguments of `transformers.TrainingArguments` work too, except a few that an error names."]
+    lines += ["The Transformers documentation describes them (Transformers 5 has some others). The most used:", ""]
     lines += make_table(torch_only)
     if flax_only:
         lines += ["", "### `run_mlm_flax.py` alone", "", *make_table(flax_only)]

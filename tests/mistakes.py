@@ -29,7 +29,7 @@ from unittest import mock
 
 from conftest import ROOT, SCRIPTS, flags, make_model, sentences, write_lines
 
-TIMEOUT = 300  # Seconds of a run that hangs.
+TIMEOUT = 600  # Seconds of a run that hangs.
 # Values at and beyond the edges of each type. The number is the first one above the limit of integers.
 VALUES = {
     bool: ["true", "false"],
