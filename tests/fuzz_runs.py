@@ -64,7 +64,7 @@ FLAGS = {
     "train_batch_size": (2, 3, 4),
     "eval_batch_size": (3, 8),
     "gradient_accumulation_steps": (1, 1, 2, 3),
-    "dataloader_drop_last": ("true", "false"),
+    "dataloader_drop_last": ("true", "false", "false"),
     "dropout_rate": (0.1, 0.1, 0.1, 0.0),
     "group_by_length": rare("true"),
     "whole_word_mask": rare("true"),
@@ -340,7 +340,9 @@ def split(case):
     size = case.settings.pop("train_batch_size") * case.settings.pop("gradient_accumulation_steps")
     if case.rng.random() < 0.3:
         return resize(case, size)
-    first, other, third = (case.rng.choice(ways(case.script, size)) for _ in range(3))
+    size += size % 2
+    alone, together = ([way for way in ways(case.script, size) if (way.devices > 1) == many] for many in (False, True))
+    first, other, third = (case.rng.choice(found) for found in (alone, together, alone + together))
     same = {"left_out": TIMES + SPLIT, "tolerance": 1e-4}
     case.run("whole", way=first)
     case.run("split", way=other)
@@ -458,6 +460,8 @@ def campaign(arguments, work):
             agrees = run_case(Case(script, kind, number, arguments.seed, work))
             counts[kind, script][0] += 1
             counts[kind, script][1] += not agrees
+            if arguments.first and not agrees:
+                return counts
             if time.monotonic() > reported + 60:
                 reported = time.monotonic()
                 total, different = map(sum, zip(*counts.values()))
@@ -473,6 +477,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=60, help="start no case after so many minutes")
     parser.add_argument("--cases", type=int, default=10**6, help="run so many cases, of all kinds together")
     parser.add_argument("--case", type=int, help="run the case of this number of each kind")
+    parser.add_argument("--first", action="store_true", help="end at the first disagreement")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the scripts")
     arguments = parser.parse_args()
