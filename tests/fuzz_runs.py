@@ -70,7 +70,7 @@ FLAGS = {
     "whole_word_mask": rare("true"),
     "pad_to_max_length": rare("true"),
     "dense_head": rare("true"),
-    "max_train_samples": (None, 37, 50),
+    "max_train_samples": (None, 37, 37, 50),
     "max_val_samples": (None, 11),
     "mlm_probability": (None, 0.3),
     "final_mlm_probability": rare(0.1),
@@ -86,12 +86,12 @@ FLAGS = {
 }
 # Settings of both scripts that belong together.
 GROUPS = [
-    [{"num_train_epochs": epochs} for epochs in (0.7, 1, 2, 2.3)]
+    [{"num_train_epochs": epochs} for epochs in (0.7, 1, 1.5, 2, 2, 2.3)]
     + [{"max_steps": steps} for steps in (5, 13, 24)]
     + [{"max_steps": 13, "streaming": "true", "shuffle_buffer_size": size} for size in (7, 30, 1000)],
     [{"validation": "file"}, {"validation": "file"}, {"validation_split_percentage": 20}],
     [{"eval_strategy": "epoch"}, {"eval_strategy": "no"}, {"eval_strategy": "no", "do_eval": "false"}]
-    + [{"eval_strategy": "steps", "eval_steps": steps} for steps in (1, 3, 5)],
+    + [{"eval_strategy": "steps", "eval_steps": steps} for steps in (1, 1, 3, 5)],
     [{"save_strategy": "epoch"}, {"save_strategy": "no"}]
     + [{"save_strategy": "steps", "save_steps": steps} for steps in (1, 2, 4, 5)],
 ]
