@@ -34,7 +34,8 @@ class Process:
 
     def __init__(self, script, arguments, log, samples, environment):
         self.log, self.samples = Path(log), Path(samples)
-        self.samples.write_bytes(b"")
+        for path in (self.log, self.samples):
+            path.write_bytes(b"")
         self.status, self.start, self.seconds = None, time.monotonic(), 0.0
         sys.stdout.flush()
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # The child must not leave `_run`.
@@ -51,7 +52,7 @@ class Process:
         try:
             with contextlib.suppress(PermissionError):
                 os.setsid()
-            output = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+            output = os.open(self.log, os.O_WRONLY | os.O_APPEND)
             os.dup2(output, 1)
             os.dup2(output, 2)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

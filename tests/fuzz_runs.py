@@ -213,23 +213,25 @@ class Case:
             settings["max_steps"] = 5
         return {**files, "do_train": "true", "do_eval": "true", "learning_rate": 1e-3, **settings}
 
-    def start(self, output, script=None, environment=None, **changes):
-        """Start a run of the settings with some changes."""
-        script, environment = script or self.script, environment or {}
+    def start(self, output, script=None, way=None, **changes):
+        """Start a run of the settings with some changes and return its processes; `way` is how steps are split."""
+        script = script or self.script
         config = self.folder / "settings.json"
         config.write_text(json.dumps(self.settings, indent=2))
-        line = [str(config), *flags(output_dir=self.folder / output, **changes)]
-        words = [f"{name}={value}" for name, value in environment.items()]
-        self.commands.append(shlex.join([*words, "python", f"{script}.py", *line]))
-        log = self.folder / f"{len(self.commands)}-{output}.log"
-        return Process(script, line, log, log.with_suffix(".samples"), environment)
-
-    def run(self, output, script=None, way=None, **changes):
-        """Run to the end and return the (first) process; `way` is how the steps are split."""
         if way:
             changes |= {"train_batch_size": way.batch, "gradient_accumulation_steps": way.accumulation}
-        places = places_of(way, script or self.script)
-        processes = [self.start(output, script, environment, **changes, **more) for environment, more in places]
+        processes = []
+        for environment, joined in places_of(way, script):
+            line = [str(config), *flags(output_dir=self.folder / output, **changes, **joined)]
+            words = [f"{name}={value}" for name, value in environment.items()]
+            self.commands.append(shlex.join([*words, "python", f"{script}.py", *line]))
+            log = self.folder / f"{len(self.commands)}-{output}.log"
+            processes.append(Process(script, line, log, log.with_suffix(".samples"), environment))
+        return processes
+
+    def run(self, output, script=None, way=None, **changes):
+        """Run to the end and return the (first) process."""
+        processes = self.start(output, script, way, **changes)
         for process in processes:
             process.wait(TIMEOUT)
             if process.status:
@@ -263,51 +265,59 @@ class Interruption:
             process.wait(TIMEOUT, samples=self.share * left * whole.size())
             process.wait(self.delay)
 
-    def send(self, process):
-        """Send the signal, maybe twice, and return whether the process handles it."""
-        handled = process.handles_sigterm() and self.number != signal.SIGKILL
+    def send(self, processes):
+        """Send the signal to all processes, maybe twice, and return whether each one handles it."""
+        handled = [process.handles_sigterm() and self.number != signal.SIGKILL for process in processes]
         for _ in range(self.times):
-            process.send(self.number, self.group)
-            process.wait(self.delay)
+            for process in processes:
+                process.send(self.number, self.group)
+            processes[0].wait(self.delay)
         return handled
 
 
 def interrupted(case, signals):
     """Stop or kill a run at random moments; the last start is left alone. It must end as a run that never stopped."""
-    whole, output = case.run("whole"), case.folder / "stopped"
+    way = case.rng.choice([*[None] * 12, *several(case.script, case.settings)])
+    whole, output = case.run("whole", way=way), case.folder / "stopped"
     steps = read_json(case.folder, "whole", "trainer_state.json")["max_steps"]
     for interruption in [Interruption.draw(case.rng, signals) for _ in range(case.rng.randint(1, 3))]:
-        process = case.start("stopped")
-        interruption.wait(process, whole, 1 - max(checkpoints(output), default=0) / steps)
+        processes = case.start("stopped", way=way)
+        interruption.wait(processes[0], whole, 1 - max(checkpoints(output), default=0) / steps)
         name = f"{signal.Signals(interruption.number).name}{' to the group' * interruption.group}"
-        seconds = time.monotonic() - process.start
-        case.commands[-1] += f"  # {name} after {seconds:.2f} s, when {process.samples.name} had {process.size()} bytes"
-        handled = interruption.send(process)
-        process.wait(TIMEOUT)
-        process.end()
-        check_end(process, interruption.number, handled, output)
+        moment = f"{name} after {time.monotonic() - processes[0].start:.2f} s, {processes[0].size()} bytes of samples"
+        case.commands[-1] += f"  # {moment}"
+        handled = interruption.send(processes)
+        for process in processes:
+            process.wait(TIMEOUT)
+            process.end()
+        for process, handles in zip(processes, handled):
+            check_status(process, interruption.number, handles)
+        check_saved(processes[0], output)
         if case.settings["save_strategy"] == "no" and (output / "model.safetensors").exists():
             return  # Without a checkpoint, a folder with a model belongs to a run that is finished.
-    case.run("stopped")
+    case.run("stopped", way=way)
     limit = case.settings.get("save_total_limit", 0) + ("load_best_model_at_end" in case.settings)
     compare(case.folder / "whole", output, checkpoints_of="more" if case.kind == "stop" else "same", limit=limit)
 
 
-def check_end(process, number, handled, output):
-    """Check the status of a process that got a signal, and that it has lost nothing."""
+def check_status(process, number, handled):
+    """Check the status of a process that got a signal."""
     handled &= "Stopped by" not in process.text()  # While Python ends, a further signal is Python's again.
-    if process.status == 0 or (process.status == -number and not handled):
-        return
-    name = f"after {signal.Signals(number).name}{' (handled)' if handled else ''}"
-    if process.status != 128 + number:
-        raise Disagreement(f"{name}: status {process.status}: {process.last_line()}")
+    if process.status not in (0, 128 + number) and (handled or process.status != -number):
+        name = f"{signal.Signals(number).name}{' (handled)' if handled else ''}"
+        raise Disagreement(f"after {name}: status {process.status}: {process.last_line()}")
+
+
+def check_saved(process, output):
+    """Check that a process that was stopped says so, and has lost nothing."""
     said = re.search(r"Stopped by \w+(?:; checkpoint-(\d+) is saved|[\w; ]*)\.", process.text())
     if not said:
-        raise Disagreement(f"{name}: status {process.status}, but the log does not say so")
-    if said[1] and int(said[1]) not in checkpoints(output):
-        raise Disagreement(f"{name}: checkpoint-{said[1]} is not complete")
-    if not said[1] and process.trained() and not (output / "model.safetensors").exists():
-        raise Disagreement(f"{name}: stopped in the training, and no checkpoint is saved")
+        if process.status > 0:
+            raise Disagreement(f"status {process.status}, but the log does not say so")
+    elif said[1] and int(said[1]) not in checkpoints(output):
+        raise Disagreement(f"{said[0]} But that is not complete")
+    elif not said[1] and process.trained() and not (output / "model.safetensors").exists():
+        raise Disagreement(f"{said[0]} But this was in the training, and no checkpoint is saved")
 
 
 Way = collections.namedtuple("Way", "batch accumulation devices processes")
@@ -317,6 +327,14 @@ def ways(script, size):
     """Return the ways to split a step of `size` samples."""
     devices = ((1, 1), (2, 2)) if script == "run_mlm" else ((1, 1), (2, 1), (4, 1), (2, 2))
     return [Way(size // d // a, a, d, p) for d, p in devices for a in (1, 2, 3, 4, 6) if size % (d * a) == 0]
+
+
+def several(script, settings):
+    """Return the ways of settings with an even batch size in two processes."""
+    batch, accumulation = settings["train_batch_size"], settings["gradient_accumulation_steps"]
+    if batch % 2 or (script == "run_mlm_flax" and settings.get("preprocessing_num_workers")):
+        return []
+    return [way for way in ways(script, batch * accumulation) if way.processes == 2]
 
 
 def places_of(way, script):
