@@ -228,6 +228,7 @@ class TrainingArguments(transformers.TrainingArguments):
     output_dir: Optional[str] = HfArg(default=None, help="Folder for the model, checkpoints, results and logs.")
     per_device_train_batch_size: int = HfArg(default=8, help="Batch size per device.", aliases=["--train_batch_size"])
     per_device_eval_batch_size: int = HfArg(default=8, help="The same in evaluation.", aliases=["--eval_batch_size"])
+    log_on_each_node: bool = HfArg(default=False, help="Log on each machine, not only on that of process 0.")
     report_to: Optional[list[str]] = HfArg(default=None, help="Where to log: all, tensorboard, wandb, none, ...")
     attn_implementation: Optional[str] = HfArg(default=None, help="Attention: sdpa, flash_attention_2, ...")
     hub_strategy: str = HfArg(default="end", help="When to upload: end, every_save, checkpoint, all_checkpoints.")
@@ -490,10 +491,22 @@ def exit_on_user_error(main):
         except UserError as error:
             if os.environ.get("MLM_DEBUG") == "1":
                 raise
-            tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print_error(error)
             raise SystemExit(2) from None
 
     return wrapped
+
+
+def print_error(error):
+    """Print an error in one line."""
+    tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def is_lost_connection(error):
+    """Return whether an operation of several processes failed, as it does in the others when one of them ends."""
+    cause = error.__cause__ or error
+    words = re.search("gloo|nccl|remote server shutdown", str(cause), re.IGNORECASE)
+    return isinstance(cause, (RuntimeError, ValueError)) and words is not None
 
 
 # ---- 2. Data --------------------------------------------------------------------------------------------------------
@@ -1400,6 +1413,10 @@ class MaskedLMTrainer(Trainer):
         sums = scores.new_zeros(len(masked), 2).index_add_(0, inputs["positions"] // length, scores)
         return None, sums, masked.sum(1)
 
+    def is_local_process_zero(self):
+        """Return whether this process prints what the Trainer's callbacks log."""
+        return self.args.should_log
+
     def log(self, logs, *args, **kwargs):
         """Log as the Trainer does, with the tokens per second since the last report."""
         if "loss" in logs:
@@ -2032,6 +2049,34 @@ def publish(trainer, model_args, data_args):
             trainer.push_to_hub(**card)
 
 
+@contextlib.contextmanager
+def main_process_first(args, name):
+    """Run the block in process 0 first, then in one process of each machine, so that the others find the cache."""
+    if not torch.distributed.is_initialized():  # One process, or TPUs.
+        with args.main_process_first(local=False, desc=name):
+            yield
+        return
+    first_here = args.process_index - args.local_process_index
+    awaited = first_here if args.local_process_index else 0
+    # A barrier of the devices would fail after `--ddp_timeout`, half an hour.
+    store = torch.distributed.distributed_c10d._get_default_store()
+    while args.process_index > 0 and not store.check([f"{name} {awaited}"]):
+        time.sleep(0.2)
+    yield
+    store.set(f"{name} {args.process_index}", "done")
+
+
+@contextlib.contextmanager
+def ending_together(args):
+    """Report in one line that another process has ended, which a process notices when it waits for the others."""
+    try:
+        yield
+    except Exception as error:
+        if args.world_size > 1 and is_lost_connection(error):
+            raise UserError("another process of this run has ended; see its error") from error
+        raise
+
+
 def leave_process_group():
     """End loader workers, and the process group: while Python ends, its threads would abort the process."""
     for worker in multiprocessing.active_children():
@@ -2048,7 +2093,7 @@ def main(argv=None):
     model_args, data_args, training_args = parse_args(argv)
     setup_logging(training_args)
     atexit.register(leave_process_group)
-    with StopSignals() as signals, output_lock(training_args), logging_redirect_tqdm():
+    with StopSignals() as signals, ending_together(training_args), output_lock(training_args), logging_redirect_tqdm():
         _, checkpoint = find_checkpoint(model_args, data_args, training_args)
         tokenizer = load_tokenizer(model_args)
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)
@@ -2056,7 +2101,7 @@ def main(argv=None):
         max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
         if not training_args.should_log:
             data_args.overwrite_cache = False  # The main process overwrites it, before the others read it.
-        with training_args.main_process_first(desc="tokenizing"):
+        with main_process_first(training_args, "tokenizing"):
             raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
             tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
         check_samples(tokenized, training_args)

@@ -35,6 +35,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -62,6 +63,7 @@ from flax.training import train_state
 from flax.traverse_util import flatten_dict
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from jax import lax
+from jax._src import distributed  # There is no public way to the coordination service, which Orbax uses too.
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -94,6 +96,7 @@ MODEL_TYPES = tuple(sorted(config.model_type for config in FLAX_MODEL_FOR_MASKED
 LINE_BY_LINE_DEFAULT = True  # The documented default of this script: each text is a sample.
 OPTIMIZER_FILES = ("optimizer.msgpack",)  # The optimizer state in a checkpoint.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay")
+MEETING_SECONDS = 300  # How long the processes wait for each other at the start; that of JAX.
 MAX_SHAPES = 6  # Lengths that batches are padded to: each one is a compilation.
 # Arguments by the interval that their values must be in; round brackets exclude the end.
 INTERVALS = {
@@ -135,6 +138,7 @@ MAX_CAUSE = 400  # Characters of a library's message that an error line shows.
 IGNORED_LABEL = -100
 SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
 EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
+ENDING = threading.Lock()  # Taken by the thread that ends the process.
 ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other numbers than masks do.
 
 
@@ -478,10 +482,22 @@ def exit_on_user_error(main):
         except UserError as error:
             if os.environ.get("MLM_DEBUG") == "1":
                 raise
-            tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print_error(error)
             raise SystemExit(2) from None
 
     return wrapped
+
+
+def print_error(error):
+    """Print an error in one line."""
+    tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def is_lost_connection(error):
+    """Return whether an operation of several processes failed, as it does in the others when one of them ends."""
+    cause = error.__cause__ or error
+    words = re.search("gloo|nccl|remote server shutdown", str(cause), re.IGNORECASE)
+    return isinstance(cause, (RuntimeError, ValueError)) and words is not None
 
 
 # ---- 2. Data --------------------------------------------------------------------------------------------------------
@@ -1838,30 +1854,156 @@ def connect_processes(data_args, args):
     """Join the other processes of the run: as the flags say, or as JAX finds them on SLURM, Open MPI or a TPU pod."""
     if jax.distributed.is_initialized() or (args.num_processes == 1 and not args.coordinator_address):
         return
+    place = args.coordinator_address, args.num_processes, args.process_id
+    if None not in place:
+        meet_processes(*place)
     jax.config.update("jax_enable_preemption_service", False)  # It would take SIGTERM from `StopSignals`.
     try:
-        place = args.coordinator_address, args.num_processes, args.process_id
         jax.distributed.initialize(*place, shutdown_timeout_seconds=60)
     except (ValueError, RuntimeError) as error:
         # There is no cluster, or this is not the first run of this interpreter.
         alone = "coordinator_address should" in str(error) or "must be called before" in str(error)
         if args.coordinator_address or args.num_processes or not alone:
             raise UserError(f"--coordinator_address {args.coordinator_address}: {error}") from error
-    if jax.distributed.is_initialized() and data_args.preprocessing_num_workers:
+        return
+    if data_args.preprocessing_num_workers:
         raise UserError("--preprocessing_num_workers does not work with several processes: tokenize in a run before")
+    # Gloo gives each group of devices 30 seconds to come together for the first time: they do while all are here.
+    multihost_utils.process_allgather(np.zeros(1))
+    jax.pmap(lambda value: lax.psum(value, "batch"), "batch")(np.zeros(jax.local_device_count()))
+
+
+def meet_processes(address, count, process_id):
+    """Wait until all processes have told process 0 their ids; raises `UserError` where JAX would abort in minutes."""
+    host, _, port = address.rpartition(":")
+    tqdm.write(f"process {process_id} of {count} meets the others at {address}", file=sys.stderr)
+    with user_errors(f"--coordinator_address {address}"):
+        if not host or not port.isdecimal():
+            raise ValueError("must be HOST:PORT, where process 0 is reached")
+        if process_id == 0:
+            problem = collect_ids(int(port), count)
+        else:
+            problem = send_id((host.strip("[]"), int(port)), count, process_id)
+        if problem:
+            raise ValueError(problem)
+
+
+def collect_ids(port, count):
+    """Wait for the ids of the other processes at this port; tell each what is wrong with them, and return it, or ""."""
+    ids, connections, problem, deadline = {0}, [], "", time.monotonic() + MEETING_SECONDS
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("", port), family=family, dualstack_ipv6=both))
+        while len(ids) < count and not problem:
+            server.settimeout(max(0.1, deadline - time.monotonic()))
+            try:
+                connection = stack.enter_context(server.accept()[0])
+            except TimeoutError:
+                missing = ", ".join(str(number) for number in range(count) if number not in ids)
+                problem = f"process {missing} did not report in {MEETING_SECONDS} seconds; check its output and address"
+                break
+            connection.settimeout(5)
+            with contextlib.suppress(OSError, ValueError):  # It is not one of the processes.
+                number, its_count = map(int, connection.recv(100).split())
+                connections.append(connection)
+                if its_count != count:
+                    problem = f"--num_processes is {count} in process 0 and {its_count} in process {number}"
+                elif number in ids or number >= count:
+                    problem = f"--process_id {number} is given twice, or is not below --num_processes {count}"
+                ids.add(number)
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.sendall((problem or "complete").encode())
+    return problem
+
+
+def send_id(address, count, process_id):
+    """Tell process 0 the id of this process; return what process 0 finds wrong with all ids, or ""."""
+    cause, deadline = "", time.monotonic() + MEETING_SECONDS
+    while time.monotonic() < deadline:
+        try:
+            with socket.create_connection(address, timeout=10) as connection:
+                connection.settimeout(2 * MEETING_SECONDS)
+                connection.sendall(f"{process_id} {count}".encode())
+                if reply := connection.makefile().read():
+                    return reply.removeprefix("complete")
+        except socket.gaierror:
+            raise
+        except OSError as error:  # Process 0 may not have started yet.
+            cause = error
+        time.sleep(0.2)
+    return f"process 0 did not answer in {MEETING_SECONDS} seconds ({cause}); check its output and this address"
+
+
+@contextlib.contextmanager
+def ending_together():
+    """End all processes of the run with the first one that ends early: they would wait for it."""
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    finished, client = threading.Event(), distributed.global_state.client
+
+    def watch():
+        with contextlib.suppress(RuntimeError):  # Process 0 was killed: JAX ends this one.
+            while not finished.wait(0.5):
+                for _, message in client.key_value_dir_get("end"):
+                    end_processes(*json.loads(message))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except SystemExit as stop:
+        with contextlib.suppress(RuntimeError):
+            client.wait_at_barrier("stop", 5000)  # A signal in the training stops all at the same step.
+            raise
+        end_processes("stopped by a signal", stop.code)
+    except Exception as error:
+        cause = str(error)
+        if is_lost_connection(error):
+            cause = f"another process of this run has ended; see its error ({error})"
+        elif not isinstance(error, UserError) or os.environ.get("MLM_DEBUG") == "1":
+            sys.excepthook(type(error), error, error.__traceback__)
+            cause = f"{type(error).__name__}: {error}"
+        end_processes(cause, 2)
+    finally:
+        finished.set()
+        watcher.join()
+
+
+def end_processes(cause, status):
+    """Print why this process ends, tell the others, and end it although a thread of it may wait for a device."""
+    ENDING.acquire()  # For good: the first cause is the one that is reported.
+    print_error(cause)
+    client = distributed.global_state.client
+    with contextlib.suppress(RuntimeError):  # Another process was first.
+        client.key_value_set("end/cause", json.dumps([f"process {jax.process_index()}: {cause}", status]))
+    with contextlib.suppress(RuntimeError):  # A process that was killed does not come.
+        client.wait_at_barrier("end", 5000)
+    if jax.process_index() == 0:
+        time.sleep(2)  # The others end before it, or JAX aborts them.
+    sys.stdout.flush()
+    os._exit(status)
 
 
 @contextlib.contextmanager
 def main_process_first(name):
-    """Run the block in the main process first, so that the others find what it has cached."""
-    several = jax.distributed.is_initialized()
-    if several and jax.process_index() > 0:
-        multihost_utils.sync_global_devices(name)
-    try:
+    """Run the block in the main process first, so that the others find its cache; go on when all have run it."""
+    if not jax.distributed.is_initialized():
         yield
-    finally:  # After an error too: the others find it themselves.
-        if several and jax.process_index() == 0:
-            multihost_utils.sync_global_devices(name)
+        return
+    client = distributed.global_state.client
+
+    def wait_until_done(count):
+        # Operations of the devices give up after half an hour.
+        while len(client.key_value_dir_get(name)) < count:
+            time.sleep(0.2)
+
+    wait_until_done(min(1, jax.process_index()))
+    yield
+    client.key_value_set(f"{name}/{jax.process_index()}", "done", allow_overwrite=True)
+    wait_until_done(jax.process_count())
 
 
 def largest_of_processes(*values):
@@ -2213,10 +2355,10 @@ def publish(run, model_args, data_args, metrics):
 def main(argv=None):
     """Run what the arguments ask for and return all metrics."""
     model_args, data_args, training_args = parse_args(argv)
+    keep_compiled_code(model_args)
     connect_processes(data_args, training_args)
     setup_logging(training_args)
-    keep_compiled_code(model_args)
-    with StopSignals() as signals, output_lock(training_args), logging_redirect_tqdm():
+    with ending_together(), StopSignals() as signals, output_lock(training_args), logging_redirect_tqdm():
         step, checkpoint = find_checkpoint(model_args, data_args, training_args)
         tokenizer = load_tokenizer(model_args)
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)

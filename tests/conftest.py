@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -294,6 +295,13 @@ def finished_run(script):
             model, files = make_model(folder / "model"), make_text_files(folder)
             script.main(training_flags(model, files, folder / "tiny-mlm", token="hf_secretofmine"))
     return folder / "tiny-mlm"
+
+
+def free_port():
+    """Return the number of a port that nobody listens on."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def read_json(*path):

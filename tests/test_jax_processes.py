@@ -1,22 +1,28 @@
 """run_mlm_flax.py in several processes: 2 with 2 devices each train as 1 with 4 or 1 does, and end together."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import ROOT, flags, make_model, read_json, sentences, write_lines
+from conftest import ROOT, flags, free_port, make_model, read_json, sentences, write_lines
 from safetensors.numpy import load_file
 
 import run_mlm_flax
 
 STEPS = 4
-# Counts the samples that a process collates, and names its calls of the encoder; STOP_AT is the step of a signal.
+# Counts the samples that a process collates, and names its calls of the encoder; STOP_AT is the step of a signal, FAULT
+# what goes wrong.
 WATCHED = """
-import os, signal, sys
+import os, signal, sys, time
 import run_mlm_flax
 
 collated, collate = [], run_mlm_flax.MaskingCollator.collate
@@ -24,6 +30,7 @@ run_mlm_flax.MaskingCollator.collate = lambda self, rows, *args: collated.extend
 encode = run_mlm_flax.encode_texts  # Counting would change its key in the cache.
 run_mlm_flax.encode_texts = lambda *args, **settings: print("encodes") or encode(*args, **settings)
 stop_at, batch = int(os.environ.get("STOP_AT", 0)), run_mlm_flax.Run.batch
+fault, load, sleep = os.environ.get("FAULT"), run_mlm_flax.load_raw_datasets, time.sleep
 batches = []
 
 
@@ -31,12 +38,40 @@ def watched(*args):
     batches.append(1)
     if len(batches) == stop_at:
         os.kill(os.getpid(), signal.SIGTERM)
-    if os.environ.get("CRASH") and len(batches) == 2:
+    if fault == "crash" and len(batches) == 2:
         raise RuntimeError("this process crashed")
+    if fault == "kill" and len(batches) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "slow step" and len(batches) == 1:
+        sleep(35)
     return batch(*args)
 
 
-run_mlm_flax.Run.batch = watched
+def load_late(*args):
+    if fault == "slow text":
+        sleep(35)
+    deadline = time.monotonic() + 60
+    while fault == "awaited" and not os.path.exists("waits"):
+        assert time.monotonic() < deadline, "the other process does not wait in Python"
+        sleep(0.1)
+    return load(*args)
+
+
+def noted_sleep(seconds):
+    if sys._getframe(1).f_code.co_name == "wait_until_done":
+        open("waits", "w").close()
+        if fault == "stopped while it waits":
+            os.kill(os.getpid(), signal.SIGTERM)
+    sleep(seconds)
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+run_mlm_flax.Run.batch, run_mlm_flax.load_raw_datasets, time.sleep = watched, load_late, noted_sleep
+if fault == "full disk":
+    run_mlm_flax.save_file = full_disk
 try:
     run_mlm_flax.main()
 finally:
@@ -106,13 +141,6 @@ def finish(processes):
             process.kill()
 
 
-def free_port():
-    """Return the number of a port that nobody listens on."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def run_one(arguments, devices, cwd):
     """Run one process and return its output."""
     ((status, output, errors),) = finish([start(arguments, devices, cwd)])
@@ -120,13 +148,24 @@ def run_one(arguments, devices, cwd):
     return output
 
 
-def run_two(arguments, folder, environments=({}, {})):
-    """Run two processes with two devices each; return [(status, output, errors)]."""
+def run_together(arguments, folder, environments=({}, {})):
+    """Run processes with two devices each, by default two; return [(status, output, errors)]."""
     address, processes = f"127.0.0.1:{free_port()}", []
     for i, environment in enumerate(environments):
-        joined = flags(coordinator_address=address, num_processes=2, process_id=i)
+        joined = flags(coordinator_address=address, num_processes=len(environments), process_id=i)
         processes.append(start([*arguments, *joined], 2, folder, **environment))
     return finish(processes)
+
+
+def error_lines(done):
+    """Return the error line of each process, which says no more than that and has status 2."""
+    found = []
+    for status, _, errors in done:
+        assert status == 2, errors
+        assert "Traceback" not in errors and "stack trace" not in errors
+        found += [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(found) == len(done), done
+    return found
 
 
 def losses(output):
@@ -156,7 +195,9 @@ def assert_same(one, other):
 def test_two_processes_train_as_one(material, tmp_path, devices, settings):
     for count in devices:
         run_one(command(material, tmp_path / f"alone-{count}", 16 // count, **settings), count, tmp_path)
-    done = run_two(command(material, "output", 4, **settings, overwrite_cache=True), tmp_path)
+    # Process 0 tokenizes until the other one waits in Python: in an operation of the devices, Gloo waits 30 seconds.
+    arguments = command(material, "output", 4, **settings, overwrite_cache=True)
+    done = run_together(arguments, tmp_path, ({"FAULT": "awaited"}, {}))
     assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
     for count in devices:
         assert_same(tmp_path / "output", tmp_path / f"alone-{count}")
@@ -177,11 +218,11 @@ def test_a_signal_to_one_stops_both_and_they_resume(material, tmp_path):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     whole.mkdir()
     parts.mkdir()
-    assert [status for status, _, _ in run_two(arguments, whole)] == [0, 0]
-    done = run_two(arguments, parts, ({}, {"STOP_AT": "3"}))
+    assert [status for status, _, _ in run_together(arguments, whole)] == [0, 0]
+    done = run_together(arguments, parts, ({}, {"STOP_AT": "3"}))
     assert [status for status, _, _ in done] == [128 + signal.SIGTERM] * 2, done[0][2] + done[1][2]
     (checkpoint,) = (parts / "output").glob("checkpoint-*")
-    done = run_two(arguments, parts)
+    done = run_together(arguments, parts)
     assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
     assert f"Resuming from output/{checkpoint.name}" in done[0][1]
     assert losses(parts / "output") == losses(whole / "output")
@@ -193,17 +234,38 @@ def test_a_signal_to_one_stops_both_and_they_resume(material, tmp_path):
 def test_two_processes_stream_as_one(material, tmp_path):
     settings = {"streaming": True, "shuffle_buffer_size": 20}
     run_one(command(material, tmp_path / "one", 16, **settings), 1, tmp_path)
-    done = run_two(command(material, "output", 4, **settings), tmp_path)
+    done = run_together(command(material, "output", 4, **settings), tmp_path)
     assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
     assert_same(tmp_path / "output", tmp_path / "one")
 
 
 def test_a_mistake_is_reported_by_each_process(material, tmp_path):
-    done = run_two(command(material, "output", 4, text_column_name="body"), tmp_path)
-    for status, _, errors in done:
-        assert status == 2, errors
-        (line,) = [line for line in errors.splitlines() if line.startswith("error:")]
-        assert line.startswith("error: the train data of ") and "--text_column_name body is not" in line
+    line, other = error_lines(run_together(command(material, "output", 4, text_column_name="body"), tmp_path))
+    assert line.startswith("error: the train data of ") and "--text_column_name body is not" in line
+    assert other == line.replace("error: ", "error: process 0: ")
+
+
+@pytest.mark.long
+def test_a_process_may_take_longer_than_gloo_waits(material, tmp_path):
+    # Process 1 waits 35 seconds for tokenized text, and then process 0 as many for the first step of process 1.
+    arguments = command(material, "output", 4, do_eval="false")
+    done = run_together(arguments, tmp_path, ({"FAULT": "slow text"}, {"FAULT": "slow step"}))
+    assert [status for status, _, _ in done] == [0, 0], done[0][2] + done[1][2]
+
+
+@pytest.mark.long
+def test_a_signal_before_the_training_stops_both(material, tmp_path):
+    arguments = command(material, "output", 4)
+    done = run_together(arguments, tmp_path, ({"FAULT": "awaited"}, {"FAULT": "stopped while it waits"}))
+    assert [status for status, _, _ in done] == [128 + signal.SIGTERM] * 2, done[0][2] + done[1][2]
+    assert "error: process 1: stopped by a signal" in done[0][2]
+
+
+def test_an_error_of_one_process_ends_the_other_in_a_step(material, tmp_path):
+    arguments = command(material, "output", 4, save_strategy="steps", save_steps=2)
+    line, other = error_lines(run_together(arguments, tmp_path, ({"FAULT": "full disk"}, {})))
+    assert line.startswith("error: --output_dir output") and "No space left on device" in line
+    assert other == line.replace("error: ", "error: process 0: ")
 
 
 @pytest.mark.long
@@ -219,10 +281,18 @@ def test_a_resume_on_another_number_of_devices(material, tmp_path):
 
 @pytest.mark.long
 def test_a_crash_of_one_process_ends_both(material, tmp_path):
-    done = run_two(command(material, "output", 4), tmp_path, ({}, {"CRASH": "1"}))
-    assert done[0][0] != 0
-    assert done[1][0] != 0
-    assert "RuntimeError: this process crashed" in done[1][2]
+    done = run_together(command(material, "output", 4), tmp_path, ({}, {"FAULT": "crash"}))
+    assert "RuntimeError: this process crashed" in done[1][2] and "Traceback" in done[1][2]
+    assert error_lines(done[:1]) == ["error: process 1: RuntimeError: this process crashed"]
+    assert done[1][0] == 2
+
+
+@pytest.mark.long
+def test_a_process_that_is_killed_ends_the_others(material, tmp_path):
+    done = run_together(command(material, "output", 2), tmp_path, ({}, {}, {"FAULT": "kill"}))
+    assert done[2][0] == -signal.SIGKILL
+    for line in error_lines(done[:2]):
+        assert line.startswith("error: another process of this run has ended; see its error (")
 
 
 @pytest.mark.parametrize(
@@ -238,3 +308,77 @@ def test_wrong_flags_are_one_line(material, tmp_path, capsys, settings, message)
     assert caught.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def meet(*processes, port=None):
+    """Return what processes, given as (process_id, num_processes), are told at the start; "" if nothing is wrong."""
+    address = f"127.0.0.1:{port or free_port()}"
+
+    def told(place):
+        process_id, count = place
+        try:
+            return run_mlm_flax.meet_processes(address, count, process_id) or ""
+        except run_mlm_flax.UserError as error:
+            return str(error).removeprefix(f"--coordinator_address {address}: ")
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(told, processes))
+
+
+def test_processes_meet_before_jax_connects_them(monkeypatch):
+    assert meet((2, 3), (0, 3), (1, 3)) == ["", "", ""]
+    assert set(meet((1, 3), (0, 3), (1, 3))) == {"--process_id 1 is given twice, or is not below --num_processes 3"}
+    assert set(meet((0, 2), (2, 2))) == {"--process_id 2 is given twice, or is not below --num_processes 2"}
+    assert set(meet((0, 2), (1, 3))) == {"--num_processes is 2 in process 0 and 3 in process 1"}
+    monkeypatch.setattr(run_mlm_flax, "MEETING_SECONDS", 1)
+    assert set(meet((0, 3), (1, 3))) == {"process 2 did not report in 1 seconds; check its output and address"}
+    (alone,) = meet((1, 2))
+    assert alone.startswith("process 0 did not answer in 1 seconds (") and "refused" in alone
+
+
+def test_a_visitor_is_not_a_process(monkeypatch):
+    monkeypatch.setattr(run_mlm_flax, "MEETING_SECONDS", 20)
+    port, visited = free_port(), threading.Event()
+
+    def visit():
+        with contextlib.closing(connect(port)) as visitor:
+            visitor.sendall(b"GET / HTTP/1.1")
+            visited.set()
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        visiting = pool.submit(visit)
+        process_0 = pool.submit(meet, (0, 2), port=port)
+        visited.wait(20)
+        assert meet((1, 2), port=port) == process_0.result(20) == [""]
+        visiting.result(20)
+
+
+def connect(port):
+    """Return a connection to a port, as soon as it answers."""
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port))
+        except ConnectionRefusedError:
+            assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("localhost", "must be HOST:PORT, where process 0 is reached"),
+        ("nowhere:1234", "Name or service not known"),
+    ],
+)
+def test_an_address_that_cannot_be_right_is_an_error_at_once(monkeypatch, address, message):
+    unknown = mock.Mock(side_effect=socket.gaierror(socket.EAI_NONAME, "Name or service not known"))
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(run_mlm_flax.UserError, match=f"^--coordinator_address {address}: {message}$"):
+        run_mlm_flax.meet_processes(address, 2, 1)
+
+
+def test_an_address_in_use_is_an_error_at_once():
+    with socket.create_server(("", 0)) as server:
+        (line,) = meet((0, 2), port=server.getsockname()[1])
+    assert line.startswith("Address already in use")
