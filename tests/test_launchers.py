@@ -2,12 +2,14 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 import safetensors.torch
-from conftest import BOTH, ROOT, SCRIPTS, flags, make_model, read_json, sentences, write_lines
+from conftest import BOTH, ROOT, SCRIPTS, flags, free_port, make_model, read_json, sentences, write_lines
 
 import run_mlm
 
@@ -36,6 +38,29 @@ note((run_mlm, "encode_texts"))
 note((run_mlm.transformers.TrainerState, "save_to_json"))
 run_mlm.main()
 """
+# Process 0 prepares text until process 1 has waited for it in Python: the limit of an operation is `--ddp_timeout`.
+AWAITED = """
+import os, sys, time, run_mlm
+
+load, sleep = run_mlm.load_raw_datasets, time.sleep
+
+
+def noted_sleep(seconds):
+    if sys._getframe(1).f_code.co_name == "main_process_first":
+        open("waits", "w").close()
+    sleep(seconds)
+
+
+def load_late(*args):
+    deadline = time.monotonic() + 60
+    while os.environ["RANK"] == "0" and not os.path.exists("waits"):
+        assert time.monotonic() < deadline, "the other process does not wait in Python"
+        sleep(0.1)
+    return load(*args)
+
+
+run_mlm.load_raw_datasets, time.sleep = load_late, noted_sleep
+"""
 # Breaks one process, in a place that the other one does not pass.
 BREAKING = """
 import os, run_mlm
@@ -45,7 +70,7 @@ place, rank, method = {"training": (run_mlm.MaskedLMTrainer, "1", "compute_loss"
 
 
 def broken(*args, **kwargs):
-    raise RuntimeError(f"broken while {os.environ['BREAK']}")
+    raise run_mlm.UserError(f"broken while {os.environ['BREAK']}")
 
 
 if os.environ["RANK"] == rank:
@@ -214,12 +239,78 @@ def test_xla_spawn(work, alone):
 
 
 @pytest.mark.parametrize("place", ["training", pytest.param("tokenizing", marks=pytest.mark.long)])
-def test_a_process_that_fails_ends_all(work, place):
+def test_an_error_of_one_process_is_a_line_in_each(work, place):
     (work / "breaking.py").write_text(BREAKING)
-    done = launch(work, [*TORCHRUN, "breaking.py", *arguments("output", 4)], BREAK=place)
+    command = [*TORCHRUN, "--log_dir", "logs", "--redirects", "3", "breaking.py", *arguments("output", 4)]
+    done = launch(work, command, BREAK=place)
     assert done.returncode != 0
-    assert f"broken while {place}" in done.stderr
+    errors = [path.read_text() for path in sorted((work / "logs").glob("*/*/*/stderr.log"))]
+    broken = {"training": 1, "tokenizing": 0}[place]
+    assert error_lines(errors[broken]) == [f"error: broken while {place}"]
+    # The launcher ends the other one, if its lost connection does not.
+    assert error_lines(errors[1 - broken]) in ([], ["error: another process of this run has ended; see its error"])
     assert not (work / "output" / "all_results.json").exists()
+
+
+def error_lines(errors):
+    """Return the error lines of a process, which has no traceback."""
+    assert "Traceback" not in errors, errors
+    return [line for line in errors.splitlines() if line.startswith("error: ")]
+
+
+def launch_nodes(work, script, *lines, **environment):
+    """Run a launcher with one process for each command line, as on machines of their own; return [(status, stdout)]."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(work / "cache"), **environment}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(len(lines)), "--nproc_per_node", "1"]
+    launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
+    processes = []
+    for rank, line in enumerate(lines):
+        with open(work / f"errors-{rank}", "w") as errors:
+            command = [*launcher, "--node_rank", str(rank), script, *line]
+            options = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            processes.append(subprocess.Popen(command, cwd=work, env=environment, **options))
+    try:
+        return [(process.returncode, out) for process in processes for out, _ in [process.communicate(timeout=240)]]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_on_two_machines_one_process_prepares_and_logs(work, alone):
+    shutil.rmtree(work / "cache")
+    (work / "noting.py").write_text(AWAITED + NOTING)
+    line = arguments("output", 4, disable_tqdm="true")
+    (status, log), (other_status, other_log) = launch_nodes(work, "noting.py", line, line)
+    assert (status, other_status) == (0, 0), (work / "errors-0").read_text() + (work / "errors-1").read_text()
+    assert losses(work / "output") == alone
+    assert log.count("Starting a new run") == 1 and "'loss'" in log
+    assert other_log == ""
+    # A text for each split prepares the tokenizer; process 0 encodes the splits, and the other one finds them.
+    assert calls(work) == {"encode_texts-0": 4, "encode_texts-1": 2}
+
+
+@pytest.mark.long
+def test_machines_that_share_no_cache_tokenize_and_may_log_each(work, alone):
+    (work / "noting.py").write_text(AWAITED + NOTING)
+    lines = [arguments("output", 4, cache_dir=f"cache-{rank}", log_on_each_node=True) for rank in (0, 1)]
+    (status, log), (other_status, other_log) = launch_nodes(work, "noting.py", *lines)
+    assert (status, other_status) == (0, 0), (work / "errors-0").read_text() + (work / "errors-1").read_text()
+    assert losses(work / "output") == alone
+    assert calls(work) == {"encode_texts-0": 4, "encode_texts-1": 4}
+    assert "Starting a new run" in log and "Starting a new run" in other_log
+
+
+@pytest.mark.long
+def test_an_error_on_one_machine_is_a_line_on_each(work):
+    (work / "breaking.py").write_text(BREAKING)
+    line = arguments("output", 4)
+    (status, _), (other_status, _) = launch_nodes(work, "breaking.py", line, line, BREAK="training")
+    assert status != 0 and other_status != 0
+    for rank, cause in enumerate(["another process of this run has ended; see its error", "broken while training"]):
+        errors = (
+            (work / f"errors-{rank}").read_text().split("\nTraceback")[0]
+        )  # The launcher has a traceback of its own.
+        assert [text for text in errors.splitlines() if text.startswith("error: ")] == [f"error: {cause}"]
 
 
 @pytest.mark.long
@@ -245,6 +336,47 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(work, when, checkpoints
     assert [path.name for path in (work / "output").glob("checkpoint-*")] == [f"checkpoint-{n}" for n in checkpoints]
     if not checkpoints:
         assert (work / "output" / "model.safetensors").exists()
+
+
+# Notes with which status each rank ends.
+STATUS = """
+import os, run_mlm
+
+try:
+    run_mlm.main()
+except SystemExit as stop:
+    with open(f"status-{os.environ['RANK']}", "w") as file:
+        file.write(str(stop.code))
+    raise
+"""
+
+
+@pytest.mark.parametrize("to", ["group", *(pytest.param(to, marks=pytest.mark.long) for to in ("timeout", "all"))])
+def test_a_launcher_that_is_stopped_leaves_a_checkpoint(work, monkeypatch, to):
+    """SIGTERM to the launcher's group, to `timeout`, and to every process with its workers, as from `scancel`."""
+    (work / "status.py").write_text(STATUS)
+    line = arguments("output", 4, max_steps=2000, save_strategy="no", dataloader_num_workers=2)
+    command = [*(["timeout", "240"] if to == "timeout" else []), *TORCHRUN, "status.py", *line]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(work / "cache")}
+    options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True, "env": environment, "cwd": work}
+    with subprocess.Popen(command, **options) as launcher:
+        next(printed for printed in launcher.stdout if "'grad_norm'" in printed)
+        if to == "all":
+            for process in psutil.Process(launcher.pid).children(recursive=True):
+                process.terminate()
+        if to == "group":
+            os.killpg(launcher.pid, signal.SIGTERM)
+        else:
+            launcher.terminate()
+        rest, _ = launcher.communicate(timeout=240)
+    assert [(work / f"status-{rank}").read_text() for rank in (0, 1)] == ["143", "143"], rest
+    (checkpoint,) = (work / "output").glob("checkpoint-*")
+    assert f"Stopped by SIGTERM; {checkpoint.name} is saved." in rest
+    monkeypatch.chdir(work)
+    step = int(checkpoint.name.removeprefix("checkpoint-"))
+    run_mlm.main(arguments("output", 8, max_steps=step + 1, save_strategy="no"))
+    history = read_json(work / "output", "trainer_state.json")["log_history"]
+    assert [entry["step"] for entry in history if "loss" in entry] == list(range(1, step + 2))
 
 
 # What TPU launchers such as `xla_spawn` do with the path and the arguments they are given.

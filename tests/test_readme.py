@@ -164,6 +164,7 @@ def test_the_documented_examples_are_the_configs_of_the_same_settings(name, fold
 DIFFERENT = {
     *("MODEL_TYPES", "LINE_BY_LINE_DEFAULT", "OPTIMIZER_FILES", "TrainingArguments", "load_model", "epoch_permutation"),
     *("find_sparse_start", "resize_vocabulary", "train", "evaluate", "publish", "main"),
+    *("main_process_first", "ending_together"),
 }
 
 
