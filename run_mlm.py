@@ -116,7 +116,7 @@ UNUSABLE = {
     "a signal always ends the run with a checkpoint": "enable_jit_checkpoint",
     "mixed precision is that of PyTorch": "fp16_backend fp16_opt_level half_precision_backend",
     "it is for programs that search hyperparameters, or run on SageMaker": "mp_parameters ray_scope",
-    "give --debug tpu_metrics_debug": "tpu_metrics_debug",
+    "the Trainer's debugging fails at masks, or at a head without rows": "debug tpu_metrics_debug",
     "give --torch_compile_backend": "torchdynamo",
 }
 # File extension: loader of `datasets` and its options. Byte-order marks are no text, "NA" is no missing value.
@@ -260,18 +260,18 @@ class TrainingArguments(transformers.TrainingArguments):
         for reason, names in UNUSABLE.items():
             for item in fields(self):
                 default = item.default_factory() if item.default is MISSING else item.default
-                if item.name in names.split() and getattr(self, item.name) != default:
+                # The parser's default of an empty list or text is None.
+                if item.name in names.split() and (getattr(self, item.name) or None) != (default or None):
                     raise UserError(f"--{item.name} does not work here: {reason}")
 
     def check_combinations(self):
         """Raise `UserError` for what the Trainer would find out in the middle of a run."""
-        best, metrics, debug_tpu = self.metric_for_best_model, mean_metrics(0, 0, 1), "tpu_metrics_debug" in self.debug
-        known, workers = best is None or best.removeprefix("eval_") in metrics, self.dataloader_num_workers
+        best, metrics, workers = self.metric_for_best_model, mean_metrics(0, 0, 1), self.dataloader_num_workers
+        known = best is None or best.removeprefix("eval_") in metrics
         requirements = [
             (known, f"--metric_for_best_model {best} is not one of {', '.join(metrics)}"),
             (self.do_eval or not self.eval_on_start, "--eval_on_start needs --do_eval"),
             (workers or not self.dataloader_persistent_workers, "--dataloader_persistent_workers has no workers"),
-            (is_torch_xla_available() or not debug_tpu, "--debug tpu_metrics_debug needs torch_xla"),
         ]
         for holds, message in requirements:
             if not holds:
@@ -1359,9 +1359,7 @@ class MaskedLMTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
         if sparse_start and (self.args.gradient_checkpointing or self.args.torch_compile or self.args.fsdp):
             sparse_start = "encoder"  # Layers may run again in the backward pass, without the hook; FSDP wraps them.
-        if self.args.n_gpu > 1 or self.args.debug:  # DataParallel splits the batch; debugging cannot look at no rows.
-            sparse_start = None
-        self.sparse_start = sparse_start
+        self.sparse_start = None if self.args.n_gpu > 1 else sparse_start  # DataParallel splits the batch.
         self.settings, self.losses, self.plan = settings, LossSums(), None
         self.micro_batch, self.step_loss, self.step_losses = 0, 0.0, []
         self.timer = 0, time.perf_counter()
