@@ -27,4 +27,4 @@ def test_runs_that_must_agree(name):
 @pytest.mark.parametrize("name", BOTH)
 def test_many_runs_that_must_agree(name):
     printed = fuzz("--script", name, "--cases", "40", "--seed", "1")
-    assert printed.count("cases, 0 disagreements") == 5
+    assert printed.count(" 0 disagreements") == printed.count(" disagreements") > 0
