@@ -2048,20 +2048,20 @@ def publish(trainer, model_args, data_args):
 
 
 @contextlib.contextmanager
-def main_process_first(args, name):
+def main_process_first(args):
     """Run the block in process 0 first, then in one process of each machine, so that the others find the cache."""
     if not torch.distributed.is_initialized():  # One process, or TPUs.
-        with args.main_process_first(local=False, desc=name):
+        with args.main_process_first(local=False):
             yield
         return
     first_here = args.process_index - args.local_process_index
     awaited = first_here if args.local_process_index else 0
     # A barrier of the devices would fail after `--ddp_timeout`, half an hour.
     store = torch.distributed.distributed_c10d._get_default_store()
-    while args.process_index > 0 and not store.check([f"{name} {awaited}"]):
+    while args.process_index > 0 and not store.check([f"done by {awaited}"]):
         time.sleep(0.2)
     yield
-    store.set(f"{name} {args.process_index}", "done")
+    store.set(f"done by {args.process_index}", "")
 
 
 @contextlib.contextmanager
@@ -2099,7 +2099,7 @@ def main(argv=None):
         max_seq_length = choose_max_seq_length(data_args, tokenizer, config)
         if not training_args.should_log:
             data_args.overwrite_cache = False  # The main process overwrites it, before the others read it.
-        with main_process_first(training_args, "tokenizing"):
+        with main_process_first(training_args):
             raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
             tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
         check_samples(tokenized, training_args)
