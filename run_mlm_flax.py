@@ -1879,13 +1879,13 @@ def meet_processes(address, count, process_id):
     tqdm.write(f"process {process_id} of {count} meets the others at {address}", file=sys.stderr)
     with user_errors(f"--coordinator_address {address}"):
         if not host or not port.isdecimal():
-            raise ValueError("must be HOST:PORT, where process 0 is reached")
+            raise InputError("must be HOST:PORT, where process 0 is reached")
         if process_id == 0:
             problem = collect_ids(int(port), count)
         else:
             problem = send_id((host.strip("[]"), int(port)), count, process_id)
         if problem:
-            raise ValueError(problem)
+            raise InputError(problem)
 
 
 def collect_ids(port, count):
