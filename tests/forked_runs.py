@@ -38,12 +38,12 @@ class Process:
             path.write_bytes(b"")
         self.status, self.start, self.seconds = None, time.monotonic(), 0.0
         sys.stdout.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # The child must not leave `_run`.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # The child must not leave `_run`.
         self.pid = os.fork()
         if not self.pid:
             self._run(importlib.import_module(script), arguments, environment)
         self.running.add(self)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         with contextlib.suppress(PermissionError):  # The child has become the leader of its own session.
             os.setpgid(self.pid, self.pid)
 
@@ -79,10 +79,9 @@ class Process:
 
     def poll(self):
         """Return whether the process has ended; `status` is then negative for death by a signal."""
-        if self.status is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status, self.seconds = os.waitstatus_to_exitcode(status), time.monotonic() - self.start
+        if self.status is None and (end := os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
+            self.status = end.si_status if end.si_code == os.CLD_EXITED else -end.si_status
+            self.seconds = time.monotonic() - self.start
         return self.status is not None
 
     def wait(self, seconds, samples=math.inf):
@@ -98,11 +97,12 @@ class Process:
 
     def end(self):
         """Kill what is left of the process and its children."""
-        self.running.discard(self)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        while not self.poll():
-            time.sleep(0.003)
+        if self in self.running:
+            os.killpg(self.pid, signal.SIGKILL)  # Its group exists until it is waited for.
+            while not self.poll():
+                time.sleep(0.003)
+            os.waitpid(self.pid, 0)
+            self.running.remove(self)
 
     def handles_sigterm(self):
         """Return whether the process handles SIGTERM itself."""

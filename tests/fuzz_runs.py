@@ -81,6 +81,8 @@ FLAGS = {
     "warmup_steps": (None, 3),
     "weight_decay": rare(0.1),
     "max_grad_norm": rare(0, 0.5),
+    "bf16": rare("true"),
+    "new_tokens": rare("file"),
     "logging_steps": (1, 3, 7, 1000),
     "save_total_limit": rare(1, 2),
 }
@@ -112,6 +114,8 @@ ONLY = {
         "neftune_noise_alpha": rare(5),
         "include_num_input_tokens_seen": rare("true"),
         "eval_delay": rare(4),
+        "eval_accumulation_steps": rare(2),
+        "save_only_model": rare("true"),
     },
     "run_mlm_flax": {},
 }
@@ -138,14 +142,14 @@ ONLY_GROUPS = {
     ],
     "run_mlm_flax": [[*SCHEDULES, {}, {"lr_scheduler_type": "constant * linear_warmup", "warmup_steps": 4}]],
 }
-# Settings that each case of a kind has, whatever is drawn, and why.
+# Settings that each case of a kind has, whatever is drawn.
+EXACT = {"dropout_rate": 0.0, "bf16": None}  # Dropout depends on split and backend; rounding shows in bfloat16.
 FIXED = {
-    "stop": {},
-    "kill": {},
-    # Dropout is documented to depend on the split; the tokens that the Trainer counts are padded by batch.
-    "split": {"dropout_rate": 0.0, "neftune_noise_alpha": None, "include_num_input_tokens_seen": None},
-    # Label smoothing is documented to differ, and dropout is.
-    "backend": {"dropout_rate": 0.0, "label_smoothing_factor": None},
+    "stop": {"save_only_model": None},  # Nothing to resume from.
+    "kill": {"save_only_model": None},
+    # The Trainer counts tokens with padding, which depends on the batch.
+    "split": {**EXACT, "neftune_noise_alpha": None, "include_num_input_tokens_seen": None, "save_only_model": None},
+    "backend": {**EXACT, "label_smoothing_factor": None},  # Documented to differ.
     "repeat": {},
 }
 
@@ -204,7 +208,10 @@ class Case:
         settings = draw(self.rng, self.script, self.kind)
         texts = sentences(self.rng.choice((110, 1100, 2500) if self.kind == "repeat" else (60, 110)), seed=number)
         texts[7] = texts[40] = ""
-        files = {"train_file": write_lines(self.folder / "train.txt", texts)}
+        parts = {"train.txt": texts} if self.rng.random() < 0.8 else {"a.txt": texts[:30], "b.txt": texts[30:]}
+        files = {"train_file": [write_lines(self.folder / name, part) for name, part in parts.items()]}
+        if settings.get("new_tokens"):
+            settings["new_tokens"] = write_lines(self.folder / "new_tokens.txt", ["bakes bread", "harbours", "zebra"])
         if settings.pop("validation", None):
             files["validation_file"] = write_lines(self.folder / "validation.txt", sentences(23, seed=number + 1))
         files["model_name_or_path"] = make_model(self.folder / "model", num_hidden_layers=1)
@@ -363,7 +370,7 @@ def split(case):
     first, other, third = (case.rng.choice(found) for found in (alone, together, alone + together))
     same = {"left_out": TIMES + SPLIT, "tolerance": 1e-4}
     case.run("whole", way=first)
-    case.run("split", way=other)
+    case.run("split", way=other, eval_batch_size=case.rng.choice((2, 5)))
     compare(case.folder / "whole", case.folder / "split", **same)
     if copy_checkpoint(case):
         case.run("resumed", way=third)
