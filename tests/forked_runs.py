@@ -210,7 +210,7 @@ def compare(expected, found, left_out=TIMES, tolerance=0.0, checkpoints_of="same
     steps = [set(checkpoints(folder)) for folder in (expected, found)]
     kept = {"same": steps[0], "more": steps[0] | steps[1], "newer": {s for s in steps[0] if s >= min(steps[1])}}
     if limit and checkpoints_of == "more" and len(steps[1]) <= limit:
-        kept["more"] = steps[1] | {max(steps[0])}
+        kept["more"] = steps[1] | set(sorted(steps[0])[-1:])
     if steps[1] != kept[checkpoints_of]:
         raise Disagreement(f"checkpoints: {sorted(steps[0])}, {sorted(steps[1])}")
     for name in ["", *(f"checkpoint-{step}" for step in sorted(steps[0] & steps[1]))]:

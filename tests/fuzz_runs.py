@@ -220,6 +220,11 @@ class Case:
             settings["max_steps"] = 5
         return {**files, "do_train": "true", "do_eval": "true", "learning_rate": 1e-3, **settings}
 
+    def read_ahead(self):
+        """Return how many samples may be made ready between a signal and the end of the step, and by loader workers."""
+        batch, workers = self.settings["train_batch_size"], self.settings.get("dataloader_num_workers", 0)
+        return batch * (2 * self.settings["gradient_accumulation_steps"] + 3 * workers + 1)
+
     def start(self, output, script=None, way=None, **changes):
         """Start a run of the settings with some changes and return its processes; `way` is how steps are split."""
         script = script or self.script
@@ -272,14 +277,14 @@ class Interruption:
             process.wait(TIMEOUT, samples=self.share * left * whole.size())
             process.wait(self.delay)
 
-    def send(self, processes):
-        """Send the signal to all processes, maybe twice, and return whether each one handles it."""
+    def send(self, processes, finished):
+        """Send the signal to all processes, maybe twice; return whether each one has to end with it."""
         handled = [process.handles_sigterm() and self.number != signal.SIGKILL for process in processes]
         for _ in range(self.times):
             for process in processes:
                 process.send(self.number, self.group)
             processes[0].wait(self.delay)
-        return handled
+        return [handles and not finished for handles in handled]
 
 
 def interrupted(case, signals):
@@ -293,13 +298,16 @@ def interrupted(case, signals):
         name = f"{signal.Signals(interruption.number).name}{' to the group' * interruption.group}"
         moment = f"{name} after {time.monotonic() - processes[0].start:.2f} s, {processes[0].size()} bytes of samples"
         case.commands[-1] += f"  # {moment}"
-        handled = interruption.send(processes)
+        trained = len(processes[0].trained())
+        handled = interruption.send(processes, finished=(output / "README.md").exists())  # Which is written last.
         for process in processes:
             process.wait(TIMEOUT)
             process.end()
         for process, handles in zip(processes, handled):
             check_status(process, interruption.number, handles)
         check_saved(processes[0], output)
+        if handled[0] and (late := len(processes[0].trained()) - trained) > case.read_ahead():
+            raise Disagreement(f"the run goes on for {late} samples after the signal")
         if case.settings["save_strategy"] == "no" and (output / "model.safetensors").exists():
             return  # Without a checkpoint, a folder with a model belongs to a run that is finished.
     case.run("stopped", way=way)
@@ -308,11 +316,13 @@ def interrupted(case, signals):
 
 
 def check_status(process, number, handled):
-    """Check the status of a process that got a signal."""
-    handled &= "Stopped by" not in process.text()  # While Python ends, a further signal is Python's again.
-    if process.status not in (0, 128 + number) and (handled or process.status != -number):
-        name = f"{signal.Signals(number).name}{' (handled)' if handled else ''}"
-        raise Disagreement(f"after {name}: status {process.status}: {process.last_line()}")
+    """Check the status of a process that got a signal; `handled`: not by Python, and in time."""
+    status, name = process.status, signal.Signals(number).name
+    if status == 128 + number or (status in (0, -number) and not handled):
+        return
+    if status == -number and "Stopped by" in process.text():
+        return  # A second signal, while Python ends.
+    raise Disagreement(f"after {name}{' (handled)' if handled else ''}: status {status}: {process.last_line()}")
 
 
 def check_saved(process, output):
