@@ -253,6 +253,8 @@ class TrainingArguments(transformers.TrainingArguments):
         super().__post_init__()
         self.output_dir = output_dir  # The Trainer would make one up.
         get_reporting_integration_callbacks(self.report_to)  # Raises for an unknown name.
+        if self.torch_compile_mode:
+            torch.compile(math.sqrt, mode=self.torch_compile_mode)  # Raises for an unknown mode.
         self.check_combinations()
 
     def check_usable(self):
