@@ -433,6 +433,8 @@ def user_errors(subject, kinds=Exception):
         if is_bug(error):
             raise
         cause = error.__cause__ or error
+        if isinstance(cause, KeyError) or cause.__traceback__ is None:
+            cause = error  # The other is a key without words, or a whole traceback from another process.
         text = str(cause).removeprefix(f"[Errno {getattr(cause, 'errno', None)}]").removesuffix(f": {subject!r}")
         text = text.strip() or type(cause).__name__
         text = text if len(text) <= MAX_CAUSE else f"{text[:MAX_CAUSE]} ..."

@@ -68,3 +68,19 @@ def test_only_a_full_disk_is_called_full(script, tmp_path):
     with pytest.raises(script.UserError) as caught, script.write_errors(tmp_path, "the model"):
         raise OSError(errno.EIO, "Input/output error")
     assert str(caught.value) == f"--output_dir {tmp_path}: the model cannot be written: Input/output error"
+
+
+@pytest.mark.shared
+def test_a_cause_is_told_if_it_says_more(script):
+    def fail(error, cause):
+        try:
+            raise cause
+        except Exception as raised:
+            raise error from raised
+
+    for error, cause, told in (
+        (RuntimeError("the data cannot be read"), ValueError("line 3 is cut off"), "line 3 is cut off"),
+        (RuntimeError("no mode is named nonsense"), KeyError("nonsense"), "no mode is named nonsense"),
+    ):
+        with pytest.raises(script.UserError, match=f"^--flag: {told}$"), script.user_errors("--flag"):
+            fail(error, cause)
