@@ -1437,7 +1437,7 @@ class MaskedLMTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self):
         """Set up Accelerate; raises `UserError` for what this machine cannot do."""
-        with user_errors("--fsdp, --deepspeed, --accelerator_config or --torch_compile_backend"):
+        with user_errors("--fsdp, --deepspeed, --accelerator_config, --torch_compile_backend or --torchdynamo"):
             super().create_accelerator_and_postprocess()
 
     def create_optimizer(self, *args, **kwargs):

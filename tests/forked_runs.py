@@ -164,8 +164,10 @@ class Disagreement(Exception):  # noqa: N818
 TIMES = ("runtime", "per_second", "total_flos", "TrainerControl")
 EVENTS = ("runs", "logs")  # TensorBoard: the names of the files hold the time, and each start writes one.
 # Settings of one process; its random state, which nothing depends on; and the bias of the keys: attention does not
-# depend on it, so that its gradient is 0 but for rounding, which Adam scales up.
+# depend on it, so that its gradient is 0 but for rounding, which Adam scales up. Rounding also decides which of two
+# equal evaluations is the better one.
 SPLIT = ("train_batch_size", "rng_state.pth", "rng_state_0.pth", "rng_state_1.pth", "key.bias")
+SPLIT += ("best_global_step", "best_model_checkpoint")
 
 
 def without(content, names):

@@ -147,8 +147,12 @@ EXACT = {"dropout_rate": 0.0, "bf16": None}  # Dropout depends on split and back
 FIXED = {
     "stop": {"save_only_model": None},  # Nothing to resume from.
     "kill": {"save_only_model": None},
-    # The Trainer counts tokens with padding, which depends on the batch.
-    "split": {**EXACT, "neftune_noise_alpha": None, "include_num_input_tokens_seen": None, "save_only_model": None},
+    # The Trainer counts tokens with padding, which depends on the batch. Rounding may decide which model is the best.
+    "split": {
+        **EXACT,
+        **dict.fromkeys(("neftune_noise_alpha", "include_num_input_tokens_seen", "save_only_model")),
+        "load_best_model_at_end": None,
+    },
     "backend": {**EXACT, "label_smoothing_factor": None},  # Documented to differ.
     "repeat": {},
 }

@@ -222,7 +222,8 @@ def test_the_flags_reach_the_masks_of_training_and_evaluation(script, tmp_path):
         batches = [next(iter(loader)) for loader in (run.get_train_dataloader(), run.get_eval_dataloader())]
     else:
         run.sparse_start = None
-        batches = [run.batch(run.tokenized[split], range(8), 8) for split in ("train", "validation")]
+        keys = [script.SampleKey(i) for i in range(8)]
+        batches = [run.batch(run.tokenized[split], keys, 8) for split in ("train", "validation")]
     for batch, share in zip(batches, (1.0, 0.5)):
         ids, labels = np.asarray(batch["input_ids"]), np.asarray(batch["labels"])
         words = ids > 4
