@@ -1770,6 +1770,12 @@ def replace_old_run(args, trained=True):
         args.old_run = []
 
 
+def keep_results(args, metrics):
+    """Return the results of the training, which are those of an earlier command if that one made the last step."""
+    path = os.path.join(args.output_dir, "train_results.json")
+    return read_json_object(path) if args.writes_results and os.path.exists(path) else metrics
+
+
 def rotate_checkpoints(args, limit, step):
     """Delete the oldest checkpoints above a limit once that of `step` is written.
 
@@ -2009,11 +2015,12 @@ def train(trainer, checkpoint, signals):
             trainer.save_model(_internal_call=True)  # Without an upload: `publish` does that.
         if received := callback.received():
             signals.stop(received, " after the last step; the model is saved")
-    metrics["train_samples"] = len(trainer.train_dataset)
+    metrics = keep_results(args, {**metrics, "train_samples": len(trainer.train_dataset)})
+    last = trainer.state.log_history[-1]
+    last.update({name: metrics[name] for name in last if name in metrics})
     trainer.log_metrics("train", metrics)
-    if not os.path.exists(os.path.join(args.output_dir, "train_results.json")):  # Else a command before made it.
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
     return metrics
 
 

@@ -1661,6 +1661,12 @@ def replace_old_run(args, trained=True):
         args.old_run = []
 
 
+def keep_results(args, metrics):
+    """Return the results of the training, which are those of an earlier command if that one made the last step."""
+    path = os.path.join(args.output_dir, "train_results.json")
+    return read_json_object(path) if args.writes_results and os.path.exists(path) else metrics
+
+
 def rotate_checkpoints(args, limit, step):
     """Delete the oldest checkpoints above a limit once that of `step` is written.
 
@@ -2172,8 +2178,9 @@ def train(run, step, checkpoint, signals):
             signals.stop(received, " after the last step; the model is saved")
     metrics = {"train_loss": run.losses.mean()}
     metrics |= speed_metrics("train", start, (run.step - step) * args.global_batch_size, run.step - step)
-    run.log(metrics)
-    return state.params, {**metrics, **run.epoch, "train_samples": len(run.tokenized["train"])}
+    metrics = keep_results(args, {**metrics, **run.epoch, "train_samples": len(run.tokenized["train"])})
+    run.log({name: value for name, value in metrics.items() if name != "train_samples"})
+    return state.params, metrics
 
 
 def end_step(run, state, schedule, signals):
@@ -2304,11 +2311,8 @@ def save_results(run, split, metrics):
     logger.info(f"***** {split} metrics *****")
     for name, value in sorted(metrics.items()):
         logger.info(f"  {name:<26} {value:.6g}")
-    path, everything = os.path.join(run.args.output_dir, f"{split}_results.json"), {}
-    if split == "train" and os.path.exists(path):
-        return  # An earlier command finished the run.
-    write_json(path, metrics)
-    path = os.path.join(run.args.output_dir, "all_results.json")
+    path, everything = os.path.join(run.args.output_dir, "all_results.json"), {}
+    write_json(os.path.join(run.args.output_dir, f"{split}_results.json"), metrics)
     with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
         everything = json.load(file)
     write_json(path, everything | metrics)
