@@ -1723,12 +1723,13 @@ class StopSignals:
         return self
 
     def __exit__(self, kind, error, traceback):
+        stopped = self.received and kind and not issubclass(kind, UserError)
+        if stopped:
+            logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if self.received and kind and not issubclass(kind, UserError):
-            logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
-            if not self.deferred:  # Compiled code turns the exit into an exception of its own.
-                raise SystemExit(128 + self.received)
+        if stopped and not self.deferred:  # Compiled code turns the exit into an exception of its own.
+            raise SystemExit(128 + self.received)
 
     def handle(self, number, frame):
         """Handle a signal."""

@@ -273,7 +273,7 @@ def first_difference(one, other, tolerance, place):
         if one.tobytes() == other.tobytes() or (apart := float(abs(one - other).max())) < tolerance:
             return None
         return f"{place}: weights differ by {apart:.3g}"
-    near = tolerance * 10 if place.endswith("grad_norm") else tolerance
+    near = tolerance * 10 if place.endswith(("grad_norm", "perplexity")) else tolerance
     if isinstance(one, float) and isinstance(other, (int, float)) and math.isclose(one, other, rel_tol=near):
         return None
     return None if one == other or (one != one and other != other) else f"{place}: {one} != {other}"
