@@ -10,7 +10,7 @@ from conftest import BOTH, ROOT
 def fuzz(*arguments):
     """Run the fuzzer and return what it prints; it must end with status 0."""
     command = [sys.executable, str(ROOT / "tests" / "fuzz_runs.py"), *arguments]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stdout + process.stderr
     return process.stdout
 
@@ -21,10 +21,3 @@ def test_runs_that_must_agree(name):
     printed = fuzz("--script", name, "--case", case, *(word for kind in kinds for word in ("--kind", kind)))
     for kind in kinds:
         assert f"{kind} {name}: 1 cases, 0 disagreements" in printed
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", BOTH)
-def test_many_runs_that_must_agree(name):
-    printed = fuzz("--script", name, "--cases", "40", "--seed", "1")
-    assert printed.count(" 0 disagreements") == printed.count(" disagreements") > 0

@@ -44,22 +44,10 @@ def test_a_flag_that_a_step_would_trip_over_is_found_before(name):
     check("flags", name, "--task", "train and evaluate", *only(FLAGS[name]))
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", BOTH)
-def test_each_flag_at_its_edges_runs_or_is_named(name):
-    check("flags", name)
-
-
 @pytest.mark.parametrize("name", BOTH)
 def test_a_bug_in_a_function_that_libraries_call_is_a_traceback(name):
     count = len(CALLED[name].split())
     assert f"{count} of {count} functions reached" in check("bugs", name, *only(CALLED[name]))
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("name", BOTH)
-def test_a_bug_in_any_function_is_a_traceback(name):
-    check("bugs", name)
 
 
 @pytest.mark.shared
