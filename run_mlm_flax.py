@@ -1254,15 +1254,18 @@ def create_learning_rate_scheduler(
     steps_per_cycle=100000,
 ):
     """Return step -> learning rate: the product of named factors (Flax, examples/lm1b); `InputError` if unknown."""
-    warmup = max(1, warmup_steps)
+    warmup = max(1, warmup_steps)  # Where it divides.
+
+    def linear_warmup(step):
+        return jnp.minimum(1.0, step / warmup) if warmup_steps else 1.0
 
     def cosine(step):
-        progress = jnp.maximum(0.0, (step - warmup) / steps_per_cycle)
+        progress = jnp.maximum(0.0, (step - warmup_steps) / steps_per_cycle)
         return 0.5 * (1.0 + jnp.cos(jnp.pi * (progress % 1.0)))
 
     known = {
         "constant": lambda step: base_learning_rate,
-        "linear_warmup": lambda step: jnp.minimum(1.0, step / warmup),
+        "linear_warmup": linear_warmup,
         "rsqrt_decay": lambda step: 1.0 / jnp.sqrt(jnp.maximum(step, warmup)),
         "rsqrt_normalized_decay": lambda step: jnp.sqrt(warmup / jnp.maximum(step, warmup)),
         "decay_every": lambda step: decay_factor ** (step // steps_per_decay),
