@@ -1512,6 +1512,10 @@ class MaskedLMTrainer(Trainer):
     def _load_rng_state(self, checkpoint):
         pass  # No random number depends on what was drawn before.
 
+    def _save(self, output_dir=None, state_dict=None):
+        super()._save(output_dir, state_dict)
+        follow_umask(output_dir or self.args.output_dir)
+
     def _save_checkpoint(self, *args, **kwargs):
         self.average_losses()
         run = run_state(self.plan, self.losses, self.settings, self.state.global_step)
@@ -1770,6 +1774,12 @@ def replace_old_run(args, trained=True):
         args.old_run = []
 
 
+def follow_umask(folder):
+    """Give weights the mode of the other files of a model: `safetensors` makes them readable by their owner alone."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
+        shutil.copymode(os.path.join(folder, "config.json"), path)
+
+
 def keep_results(args, metrics):
     """Return the results of the training, which are those of an earlier command if that one made the last step."""
     path = os.path.join(args.output_dir, "train_results.json")
@@ -1832,7 +1842,7 @@ class StopSignals:
         return self
 
     def __exit__(self, kind, error, traceback):
-        stopped = self.received and kind and not issubclass(kind, UserError)
+        stopped = self.received and kind and not (self.deferred and issubclass(kind, UserError))
         if stopped:
             logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
         for number, handler in self.previous.items():

@@ -1664,6 +1664,12 @@ def replace_old_run(args, trained=True):
         args.old_run = []
 
 
+def follow_umask(folder):
+    """Give weights the mode of the other files of a model: `safetensors` makes them readable by their owner alone."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
+        shutil.copymode(os.path.join(folder, "config.json"), path)
+
+
 def keep_results(args, metrics):
     """Return the results of the training, which are those of an earlier command if that one made the last step."""
     path = os.path.join(args.output_dir, "train_results.json")
@@ -1726,7 +1732,7 @@ class StopSignals:
         return self
 
     def __exit__(self, kind, error, traceback):
-        stopped = self.received and kind and not issubclass(kind, UserError)
+        stopped = self.received and kind and not (self.deferred and issubclass(kind, UserError))
         if stopped:
             logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
         for number, handler in self.previous.items():
@@ -2281,6 +2287,7 @@ def write_model(run, params, folder):
         run.tokenizer.save_pretrained(folder)
         weights = pytorch_weights(jax_utils.unreplicate(params))
         save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+        follow_umask(folder)
 
 
 def save_checkpoint(run, state):

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import os
 
 import pytest
 from conftest import BOTH, INSTALLED, finished_run, flags, history, read_json
@@ -31,6 +32,13 @@ def runs():
         name: (folder, EventAccumulator(str(next(folder.rglob("*tfevents*")).parent)).Reload())
         for name, folder in folders.items()
     }
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_all_files_follow_the_umask(runs, name):
+    modes = {path.name: path.stat().st_mode & 0o777 for path in runs[name][0].rglob("*") if path.is_file()}
+    os.umask(mask := os.umask(0))
+    assert "model.safetensors" in modes and set(modes.values()) == {0o666 & ~mask}, modes
 
 
 def points(events, tag):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import pytest
 from conftest import ROOT, error_line, finished_run, flags, history, optional_module, read_json, training_flags, weights
@@ -311,6 +312,21 @@ def test_signal_in_the_last_evaluation_still_saves(model_folder, text_files, tmp
     assert [path.name for path in stopped.glob("checkpoint-*")] == ["checkpoint-12"]
     run_mlm.main(training_flags(model_folder, text_files, stopped, **settings))
     assert weights(stopped) == weights(whole)
+
+
+def test_a_signal_that_a_library_turns_into_an_error_is_a_stop(script, model_folder, text_files, tmp_path, caplog):
+    """As from compiled code that loads weights, which raises what it likes when Python raises inside it."""
+    line = training_flags(model_folder, text_files, tmp_path / "output")
+
+    def load(*args, **kwargs):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except SystemExit:
+            raise RuntimeError("could not determine the shape of an object") from None
+
+    with mock.patch.object(script.AutoConfig, "from_pretrained", load), pytest.raises(SystemExit, match="143"):
+        script.main(line)
+    assert "Stopped by SIGTERM." in caplog.text
 
 
 def test_full_disk(script, model_folder, text_files, tmp_path):
