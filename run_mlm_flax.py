@@ -19,14 +19,15 @@ Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked
 A accumulated batches, D devices.
 """
 
-import codecs
 import contextlib
 import copy
+import csv
 import difflib
 import errno
 import functools
 import glob
 import inspect
+import io
 import itertools
 import json
 import logging
@@ -50,13 +51,17 @@ if __name__ == "__main__":  # As a program, do not import a framework that is in
 
 import datasets
 import filelock
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import transformers
+import yaml
+from datasets.iterable_dataset import ArrowExamplesIterable
 from flax import jax_utils, serialization
 from flax import linen as nn
 from flax.training import train_state
@@ -114,15 +119,12 @@ INTERVALS = {
     "(0, 1]": "mlm_probability final_mlm_probability eval_mlm_probability",
     "[0, 1]": "mask_replace_prob random_replace_prob warmup_ratio",
 }
-# File extension: loader of `datasets` and its options. Byte-order marks are no text, "NA" is no missing value.
-FILE_FORMATS = {
-    "txt": ("text", {"encoding": "utf-8-sig"}),
-    "csv": ("csv", {"keep_default_na": False}),
-    "json": ("json", {}),
-    "jsonl": ("json", {}),
-    "parquet": ("parquet", {}),
-}
-ENCODE_BATCH = 1000  # Texts that are tokenized, and joined, together.
+FILE_FORMATS = "txt", "csv", "tsv", "json", "jsonl", "parquet"
+ENCODE_BATCH = 1000  # Texts that are joined together, and at most tokenized in one call.
+CALL_LENGTH = 500_000  # Characters of one call of the tokenizer, which needs about 50 bytes for each.
+OVERLAP = 4_000  # Characters that two parts of a longer text share.
+SAME_TOKENS = 100  # Tokens that both parts must agree on, on each side of the place where they meet.
+WORD_MARKS = "▁", "Ġ", "Ċ", "\n", "<0x0A>"  # Tokens that begin with a space or a line break begin so.
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits usually mean "no limit", and attention is quadratic.
 # Architectures whose position ids start at pad_token_id + 1.
 OFFSET_POSITIONS = (
@@ -130,7 +132,7 @@ OFFSET_POSITIONS = (
     "xmod"
 ).split()
 LENGTH_WINDOW = 50  # Batches whose samples `--group_by_length` sorts together.
-STREAMED_VALIDATION = 1000  # Texts taken from the beginning of a stream without validation data.
+STREAMED_VALIDATION = 1000  # Samples for validation from the beginning of a stream without validation data.
 CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
 # What a run writes about its model: deleted with the model that it replaces.
 RESULTS = "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md"
@@ -504,46 +506,83 @@ def is_lost_connection(error):
 
 # ---- 2. Data --------------------------------------------------------------------------------------------------------
 def load_raw_datasets(model_args, data_args):
-    """Return {"train", "validation"}, or the one that exists, of raw text; iterable data sets with `--streaming`.
+    """Return {"train", "validation"}, or the one that exists: data sets or streams with one column, the text.
 
-    Without validation data, the beginning of the training data is used: a share of it, or of a stream the first
-    `max_val_samples` texts.
+    Word references are a second column. Without validation data, the first texts of the training data are used: a
+    percentage of them, or of a stream as many as an evaluation needs (see `tokenize_streams`).
     """
-    options = {"streaming": data_args.streaming, **model_args.hub_options}
-    if data_args.overwrite_cache:  # Read the files again, but do not download them again.
-        options["download_mode"] = "reuse_cache_if_exists"
     if data_args.dataset_name:
         with user_errors(f"--dataset_name {data_args.dataset_name}"):
-            raw = load_named_dataset(data_args.dataset_name, data_args.dataset_config_name, options)
+            raw = load_named_dataset(model_args, data_args)
     else:
         files = {"train": data_args.train_file, "validation": data_args.validation_file}
-        raw = {split: load_files(split, names, options) for split, names in files.items() if names}
+        raw = {split: load_files(split, names, model_args, data_args) for split, names in files.items() if names}
     for split, path in (("train", data_args.train_ref_file), ("validation", data_args.validation_ref_file)):
         if path:
-            raw[split] = add_word_references(raw[split], path)
+            raw[split] = add_word_references(raw[split], path, files[split])
     if "validation" in raw or not raw:
         return raw
     train = raw["train"]
     if data_args.streaming:
-        first = data_args.max_val_samples or STREAMED_VALIDATION
-        return {"train": train.skip(first), "validation": train.take(first)}
+        return {"train": train, "validation": train}
     first = round(len(train) * data_args.validation_split_percentage / 100)
     rows = {"train": range(first, len(train)), "validation": range(first)}
     return {split: train.select(part) for split, part in rows.items() if part}
 
 
-def load_named_dataset(name, config_name, options):
+def load_named_dataset(model_args, data_args):
     """Return {"train", "validation"}, or the one that exists, of a data set of the hub or in a folder."""
-    folder = glob.escape(name)
+    name, config_name = data_args.dataset_name, data_args.dataset_config_name
+    options = {"streaming": data_args.streaming, **model_args.hub_options}
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # Otherwise local files are counted, by a request to a server.
+    if data_args.overwrite_cache:  # Read the files again, but do not download them again.
+        options["download_mode"] = "reuse_cache_if_exists"
     if os.path.isdir(name):
-        files = sorted(glob.glob(os.path.join(folder, "**"), recursive=True))
-        options = {**options, "description": file_sizes(files)}
+        check_card(name)
+        files = sorted(glob.glob(os.path.join(glob.escape(name), "**"), recursive=True))
+        # The key of the cache has the times of the last changes already.
+        options["description"] = " ".join(str(os.path.getsize(path)) for path in files if os.path.isfile(path))
     if os.path.exists(os.path.join(name, "state.json")):  # One split, as `Dataset.save_to_disk` writes it.
-        files = {"train": os.path.join(folder, "data-*.arrow")}
+        files = {"train": os.path.join(glob.escape(name), "data-*.arrow")}
         raw = datasets.load_dataset("arrow", data_files=files, **options)
     else:
+        if os.path.isdir(name):
+            config = datasets.load_dataset_builder(name, config_name, cache_dir=model_args.cache_dir).config
+            files = {split: config.data_files[split] for split in ("train", "validation") if split in config.data_files}
+            if {file_format(path)[0] for paths in files.values() for path in paths} <= set(FILE_FORMATS):
+                separator = getattr(config, "sep", None)
+                return {split: load_files(split, files[split], model_args, data_args, separator) for split in files}
         raw = datasets.load_dataset(name, config_name, **options)
-    return {split: raw[split] for split in ("train", "validation") if split in raw}
+    return {split: select_text(raw[split], data_args) for split in ("train", "validation") if split in raw}
+
+
+def check_card(folder):
+    """Raise `InputError` if the card of a data set in a folder names files elsewhere, which would be downloaded."""
+    for path in (os.path.join(folder, name) for name in ("README.md", ".huggingface.yaml")):
+        if os.path.exists(path):
+            with open(path, encoding="utf-8-sig") as file:
+                text = file.read()
+            card = next(yaml.safe_load_all(text), None) if path.endswith("yaml") or text.startswith("---") else None
+            if "://" in str((card or {}).get("configs")):
+                raise InputError(f"{path} names remote files; download them into the folder")
+
+
+def select_text(raw, data_args):
+    """Return a data set with its text column alone; raises `InputError` if that is not text."""
+    names = raw.column_names or list(next(iter(raw), {"text": ""}))  # A stream may not know its columns.
+    column = choose_text_column(names, data_args.text_column_name)
+    kind = raw.features[column] if raw.features else datasets.Value("string")
+    if getattr(kind, "dtype", None) not in ("string", "large_string", "null"):
+        raise InputError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
+    return raw.select_columns([column])
+
+
+def choose_text_column(names, wanted):
+    """Return the name of the text column: the one that is wanted, or "text", or else the first one."""
+    column = wanted or ("text" if "text" in names else next(iter(names), ""))
+    if column not in names:
+        raise InputError(f"--text_column_name {column} is not one of the columns {', '.join(names)}")
+    return column
 
 
 def find_files(name):
@@ -553,55 +592,219 @@ def find_files(name):
     return [path for path in sorted(glob.glob(name, recursive=True)) if os.path.isfile(path)]
 
 
-def load_files(split, names, options):
-    """Return the texts of files or globs, which must all have one format."""
+def load_files(split, names, model_args, data_args, separator=None):
+    """Return the texts of files, URLs or globs; `separator` is that of the columns of `csv` files."""
     names = [names] if isinstance(names, str) else names
     subject = f"--{split}_file {' '.join(names)}"
     paths = [path for name in names for path in find_files(name)]
-    stems = [path.lower().removesuffix(".gz").removesuffix(".zst") for path in paths]
-    extensions = {os.path.splitext(stem)[1].removeprefix(".") for stem in stems}
-    formats = {FILE_FORMATS[extension][0] for extension in extensions if extension in FILE_FORMATS}
-    if not extensions <= FILE_FORMATS.keys() or len(formats) != 1:
-        raise UserError(f"{subject}: must be of one format of {', '.join(FILE_FORMATS)}")
-    loader, loader_options = FILE_FORMATS[extensions.pop()]
+    if not {file_format(path)[0] for path in paths} <= set(FILE_FORMATS):
+        raise UserError(f"{subject}: the formats are {', '.join(FILE_FORMATS)}")
+    column, full = data_args.text_column_name, []
+    for path in paths:
+        head = list(itertools.islice(read_texts(path, column, separator, model_args.token), 2))
+        if len(head) == 2:  # The name of the column, and a text.
+            column = head[0]
+            full.append(path)
+        else:
+            logger.warning(f"{path} is empty.")
+    if not full:
+        raise UserError(f"{subject}: no text")
+    logger.info(f"{subject}: {file_format(full[0])[0]}, text column: {column}")
+    read = functools.partial(read_tables, column=column, separator=separator, token=model_args.token)
+    if data_args.streaming:
+        return datasets.IterableDataset(ArrowExamplesIterable(read, {"paths": full}), split=datasets.NamedSplit(split))
     with user_errors(subject):
-        paths = [path for path in paths if not is_empty(path)]
-        if not paths:
-            raise UserError(f"{subject}: no text")
-        options = {**options, **loader_options, "description": file_sizes(paths)}
-        patterns = [path if "://" in path else glob.escape(path) for path in paths]
-        return datasets.load_dataset(loader, data_files=patterns, split="train", **options)
+        return cache_texts(read, full, (column, separator), model_args.cache_dir, data_args.overwrite_cache)
 
 
-def is_empty(path):
-    """Return whether a file, packed or not, holds nothing: `datasets` fails if such a file comes first."""
+def cache_texts(read, paths, settings, cache_dir, overwrite):
+    """Return the texts of files as a data set on the disk, which is written if it is not there."""
+    folder = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, "texts")
+    os.makedirs(folder, exist_ok=True)
+    key = datasets.fingerprint.Hasher.hash([settings, [file_version(path) for path in paths]])
+    path = os.path.join(folder, f"{key}.arrow")
+    with filelock.FileLock(f"{path}.lock"):
+        if overwrite or not os.path.exists(path):
+            schema = pa.schema({"text": pa.string()})
+            with pa.OSFile(f"{path}.incomplete", "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+                for _, table in read(paths):
+                    writer.write_table(table)
+            os.replace(f"{path}.incomplete", path)
+        return datasets.Dataset.from_file(path)
+
+
+def file_version(path):
+    """Return what changes with the content of a file, for the key of the cache."""
     if "://" in path:
-        return False
-    with pa.input_stream(path) as file:
-        empty = file.read(4) in (b"", codecs.BOM_UTF8)
-    if empty:
-        logger.warning(f"{path} is empty.")
-    return empty
+        system, name = fsspec.core.url_to_fs(path)
+        return path, str(system.info(name))
+    status = os.stat(path)
+    return os.path.abspath(path), status.st_size, status.st_mtime_ns
 
 
-def file_sizes(paths):
-    """Return the sizes of the files, for the key of the cache, which has the time of their last change already."""
-    return " ".join(str(os.path.getsize(path)) for path in paths if os.path.isfile(path))
+def file_format(path):
+    """Return (format, packing) of a file by its name: ("csv", "gzip") for a.csv.gz."""
+    stem, extension = os.path.splitext(path.lower())
+    packing = {".gz": "gzip", ".zst": "zstd"}.get(extension)
+    return (os.path.splitext(stem)[1] if packing else extension).removeprefix("."), packing
 
 
-def add_word_references(dataset, path):
-    """Return the data set with the column "references": line i of the file belongs to line i of the text."""
+def read_tables(paths, **settings):
+    """Yield (key, table) for the texts of files, in their order: what `datasets` makes a stream of."""
+    for path in paths:
+        texts = itertools.islice(read_texts(path, **settings), 1, None)
+        for number, part in enumerate(bounded_parts(zip(texts), ENCODE_BATCH)):
+            yield (path, number), pa.table({"text": pa.array([text for (text,) in part], pa.string())})
+
+
+def bounded_parts(items, most):
+    """Split items, whose first element is a text, into lists of at most `most` items and `CALL_LENGTH` characters."""
+    part, length = [], 0
+    for item in items:
+        if part and length + len(item[0]) > CALL_LENGTH:
+            yield part
+            part, length = [], 0
+        part.append(item)
+        length += len(item[0])
+        if len(part) == most:
+            yield part
+            part, length = [], 0
+    if part:
+        yield part
+
+
+def open_file(path, packing, token):
+    """Open a file, local or remote, and unpack it."""
+    if "://" not in path:
+        return pa.input_stream(path, packing)
+    if datasets.config.HF_HUB_OFFLINE:
+        raise InputError("not a local file, and HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set")
+    options = {"token": token} if token and path.startswith("hf://") else {}
+    return pa.input_stream(fsspec.open(path, "rb", **options).open(), packing)
+
+
+def read_texts(path, column, separator=None, token=None):
+    """Yield the name of the text column of a file, and then its texts; a missing text is an empty one.
+
+    Only the text column is read, and no type is guessed. Raises `UserError` with the file and the line of a mistake.
+    """
+    kind, packing = file_format(path)
+    with user_errors(path), open_file(path, packing, token) as file:
+        newline = "" if kind in ("csv", "tsv") else None  # There, a text may have line breaks.
+        text = None if kind == "parquet" else io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
+        if kind == "txt":
+            rows = itertools.chain(["text"], enumerate((line.removesuffix("\n") for line in text), 1))
+        elif kind == "parquet":
+            rows = read_parquet(file, column)
+        elif kind in ("csv", "tsv"):
+            rows = read_csv(text, column, separator or {"csv": ",", "tsv": "\t"}[kind])
+        else:
+            rows = read_json(text, column)
+        try:
+            column = next(rows, None)
+            if column is None:
+                return
+            yield column
+            for number, value in rows:
+                if value is not None and not isinstance(value, str):
+                    raise InputError(f"line {number}: the column {column} holds {value!s:.40}, not text")
+                (value or "").encode()  # JSON may hold half a character.
+                yield value or ""
+        except UnicodeEncodeError as error:
+            raise InputError(f"line {number}: {error}") from None
+        except UnicodeDecodeError as error:
+            raise InputError(f"not UTF-8 ({error.reason}); convert it: iconv -f ENCODING -t utf-8") from None
+
+
+def read_csv(file, column, separator):
+    """Yield the name of the text column, and then (line, text) for each row; a blank line is an empty text."""
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.reader(file, delimiter=separator, strict=True)
+    header = next(rows, None)
+    if header is None:
+        return
+    column = choose_text_column(header, column)
+    yield column
+    place = header.index(column)
+    try:
+        for row in rows:
+            if row and len(row) != len(header):
+                raise InputError(f"line {rows.line_num}: {len(row)} fields, but the header has {len(header)}")
+            yield rows.line_num, row[place] if row else ""
+    except csv.Error as error:
+        raise InputError(f"line {rows.line_num}: {error}") from None
+
+
+def read_json(file, column):
+    """Yield the name of the text column, and then (line, text) for each object: one a line, or all in one array.
+
+    An array may also hold the texts themselves; its items are counted in place of lines.
+    """
+    started = False
+    for number, line in enumerate(file, 1):
+        is_array = line.lstrip().startswith("[")
+        try:
+            rows = json.loads(line + file.read()) if is_array else [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise InputError(f"line {number}: {error}") from None
+        for row_number, row in enumerate(rows, number):
+            if is_array and isinstance(row, str):
+                row = {"text": row}
+            if not isinstance(row, dict):
+                raise InputError(f"line {row_number}: {row!s:.40} is not a JSON object")
+            if not started:
+                column, started = choose_text_column(row, column), True
+                yield column
+            yield row_number, row.get(column)
+
+
+def read_parquet(file, column):
+    """Yield the name of the text column, and then (row, text) for each row."""
+    parquet = pq.ParquetFile(file)
+    column = choose_text_column(parquet.schema_arrow.names, column)
+    yield column
+    groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+    row_size = sum(group.total_byte_size for group in groups) // max(1, parquet.metadata.num_rows)
+    batches = parquet.iter_batches(max(1, min(ENCODE_BATCH, CALL_LENGTH // max(1, row_size))), columns=[column])
+    yield from enumerate((value.as_py() for batch in batches for value in batch.column(0)), 1)
+
+
+def add_word_references(dataset, path, names):
+    """Return the data set with the column "references": line i of the file is about text i.
+
+    Each row holds the number of the line, and then the positions that stand there.
+    """
     references = []
-    with user_errors(path), open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+    with user_errors(path):
+        lines = read_lines(path)
+        while len(lines) > len(dataset) and not lines[-1].strip():
+            lines.pop()
+        for number, line in enumerate(lines, 1):
             with user_errors(f"{path}, line {number}"):
-                references.append(json.loads(line.strip() or "[]") or [])
+                positions = json.loads(line.strip() or "[]")
+                if not isinstance(positions, list) or any(type(position) is not int for position in positions):
+                    raise InputError(f"{line.strip():.40} is not a list of positions")
+            references.append([number, *positions])
+        if len(lines) != len(dataset):
+            raise InputError(f"{len(lines):,} lines for the {len(dataset):,} texts of {' '.join(names)}")
         return dataset.add_column("references", pa.array(references, pa.list_(pa.int64())))
 
 
-def needed_splits(raw_datasets, training_args):
+def read_lines(path):
+    """Return the lines of a small file that the user wrote; raises `InputError` unless it is a regular file."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError("not a regular file")
+    with open(path, encoding="utf-8-sig") as file:
+        return file.read().removesuffix("\n").split("\n")
+
+
+def needed_splits(raw_datasets, data_args, training_args):
     """Return the splits that training and evaluation read; all of them if the run only tokenizes."""
     wanted = {"train": training_args.do_train, "validation": training_args.do_eval}
+    if training_args.do_eval and "train" in raw_datasets and "validation" not in raw_datasets:
+        share, texts = data_args.validation_split_percentage, len(raw_datasets["train"])
+        remedies = "give --validation_file, raise --validation_split_percentage, or cut long texts into several"
+        raise UserError(f"the validation data holds no sample: {share} % of {texts:,} texts is no text; {remedies}")
     return {split: raw for split, raw in raw_datasets.items() if wanted[split] or not any(wanted.values())}
 
 
@@ -623,55 +826,160 @@ def group_texts(values, max_seq_length):
     return values[: len(values) // max_seq_length * max_seq_length].reshape(-1, max_seq_length)
 
 
-def encode_texts(table, tokenizer, column, line_by_line, max_seq_length, whole_word_mask, id_type):
-    """Return the token rows of a batch of texts: an Arrow table of `input_ids: list<id_type>`.
+def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_seq_length, most=ENCODE_BATCH):
+    """Yield the token rows of a batch of texts, an iterable of (text,), as tables of `input_ids: list<id_type>`.
 
-    Line by line, each non-blank text is a row, truncated; else the texts are joined and cut into full rows. With
-    whole words or references, `continues_word: list<uint8>` is 1 where a token belongs to the word before it.
+    Line by line, each non-blank text is a row, truncated; else the texts are joined and cut into full rows, and the
+    remainder of the batch is dropped. With `word_starts`, or with references, (text, [line, *positions]), the column
+    `continues_word: list<uint8>` is 1 where a token belongs to the word before it. Memory is bounded: the texts are
+    tokenized at most `most` at a time, and at most `CALL_LENGTH` characters.
     """
-    if str(table[column].type) not in ("string", "large_string", "null"):  # Of a stream, whose columns have no types.
-        raise InputError(f"the column {column} holds {table[column].type}, not text; see --text_column_name")
-    texts = [text or "" for text in table[column].to_pylist()]
-    kept = [i for i, text in enumerate(texts) if not line_by_line or (text and not text.isspace())]
-    texts = [texts[i] for i in kept]
-    if tokenizer.is_fast:  # The backend is a fifth faster than the tokenizer, which also makes columns not used here.
-        backend = tokenizer.backend_tokenizer
-        backend.no_padding()
-        backend.enable_truncation(max_seq_length) if line_by_line else backend.no_truncation()
-        encodings = (backend.encode_batch if whole_word_mask else backend.encode_batch_fast)(texts)
-        rows = [encoding.ids for encoding in encodings]
-    else:
-        limit = {"truncation": True, "max_length": max_seq_length} if line_by_line else {"verbose": False}
-        rows = [tokenizer(text, **limit)["input_ids"] for text in texts]
-    columns = {"input_ids": (rows, id_type)}
-    if "references" in table.column_names:
-        references = table["references"].take(pa.array(kept, pa.int64())).to_pylist()
-        continues = [np.isin(np.arange(len(ids)), positions) for ids, positions in zip(rows, references)]
-        columns["continues_word"] = continues, "uint8"
-    elif whole_word_mask:
-        words = [encoding.word_ids for encoding in encodings]
-        continues = [[word is not None and word == last for word, last in zip(ids, [None, *ids])] for ids in words]
-        columns["continues_word"] = continues, "uint8"
-    arrays = {}
-    for name, (values, kind) in columns.items():
-        lengths, values = [len(row) for row in values], np.fromiter(itertools.chain.from_iterable(values), kind)
+    before, after = special_ids
+    room = max_seq_length - len(before) - len(after) if line_by_line else sys.maxsize
+    remainders = {"input_ids": before[:0], "continues_word": np.zeros(0, np.uint8)}
+
+    def complete(values, before, after):
+        first = max(0, len(values) - room) if tokenizer.truncation_side == "left" else 0
+        return np.concatenate([before, values[first : first + room], after]).astype(values.dtype)
+
+    for part in bounded_parts(texts, most):
+        kept = [item for item in part if not line_by_line or (item[0] and not item[0].isspace())]
+        bodies, words = encode_bodies([item[0] for item in kept], tokenizer, word_starts, before.dtype)
+        if len(part[0]) == 2:
+            words = [reference_flags(item[1], len(before), len(body)) for item, body in zip(kept, bodies)]
+        columns = {"input_ids": [complete(body, before, after) for body in bodies]}
+        if word_starts is not None or len(part[0]) == 2:
+            columns["continues_word"] = [complete(flags, 0 * before, 0 * after) for flags in words]
         if not line_by_line:
-            values = group_texts(values, max_seq_length)
-            lengths, values = [max_seq_length] * len(values), values.ravel()
-        arrays[name] = pa.ListArray.from_arrays(np.cumsum([0, *lengths], dtype=np.int32), values)
-    return pa.table(arrays)
+            for name, rows in columns.items():
+                joined = np.concatenate([remainders[name], *rows])
+                columns[name] = group_texts(joined, max_seq_length)
+                remainders[name] = joined[columns[name].size :]
+        yield pa.table({name: list_array(rows, remainders[name].dtype) for name, rows in columns.items()})
 
 
-def find_text_column(raw, wanted):
-    """Return the name of the text column; raises `InputError` for a column without text."""
-    names = raw.column_names or list(next(iter(raw), {"text": ""}))
-    column = wanted or ("text" if "text" in names else names[0])
-    if column not in names:
-        raise InputError(f"--text_column_name {column} is not one of the columns {', '.join(names)}")
-    kind = raw.features[column] if raw.features else datasets.Value("string")
-    if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise InputError(f"the column {column} holds {getattr(kind, 'dtype', kind)}, not text; see --text_column_name")
-    return column
+def text_item(values):
+    """Return (text,) or (text, references) of a row; raises `InputError` if a stream without types holds no text."""
+    text, *references = values
+    if text is not None and not isinstance(text, str):
+        raise InputError(f"the text column holds {text!s:.40}, not text; see --text_column_name")
+    return text or "", *references
+
+
+def list_array(rows, kind):
+    """Return rows, arrays of one type, as an Arrow array of lists."""
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
+    return pa.ListArray.from_arrays(offsets, np.concatenate([np.zeros(0, kind), *rows]))
+
+
+def reference_flags(references, first, length):
+    """Return `continues_word` [length] of a text whose first token is at position `first` of the row.
+
+    Raises `InputError` for a position where no word can continue.
+    """
+    line, *positions = references
+    for position in positions:
+        if not first < position < first + length:
+            tokens = f"the text has {length} tokens, from {first} on"
+            raise InputError(f"line {line} of its references: no word continues at position {position}; {tokens}")
+    flags = np.zeros(length, np.uint8)
+    flags[np.array(positions, int) - first] = 1
+    return flags
+
+
+def encode_bodies(texts, tokenizer, word_starts, id_type):
+    """Return the ids of texts without special tokens, and with `word_starts` also their `continues_word`."""
+    if not tokenizer.is_fast:
+        rows = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
+        return [np.array(row, id_type) for row in rows], []
+
+    def arrays(encoding):
+        ids = np.array(encoding.ids, id_type)
+        return ids, None if word_starts is None else continues_word(ids, encoding.word_ids, word_starts)
+
+    # The backend is a fifth faster than the tokenizer, which also makes columns not used here.
+    backend = tokenizer.backend_tokenizer
+    if max(map(len, texts), default=0) > CALL_LENGTH:  # Alone in its part.
+        pairs = [encode_long(texts[0], functools.partial(backend.encode, add_special_tokens=False), arrays)]
+    else:
+        encode = backend.encode_batch_fast if word_starts is None else backend.encode_batch
+        pairs = [arrays(encoding) for encoding in encode(texts, add_special_tokens=False)]
+    return [ids for ids, _ in pairs], [words for _, words in pairs if words is not None]
+
+
+def encode_long(text, encode, arrays):
+    """Return the arrays of a long text, encoded in overlapping parts, which takes less memory.
+
+    Two parts meet in the middle of their overlap, where both have the same tokens at the same places, and many more on
+    both sides. A text without such a place is encoded in one call.
+    """
+    parts, step = [], CALL_LENGTH - OVERLAP
+    encoding = encode(text[:CALL_LENGTH])
+    current, first = arrays(encoding), 0
+    for start in range(step, len(text) - OVERLAP, step):
+        next_encoding = encode(text[start : start + CALL_LENGTH])
+        following = arrays(next_encoding)
+        meeting = find_meeting((encoding, next_encoding), (current[0], following[0]), step)
+        if meeting is None:
+            return arrays(encode(text))
+        parts.append([values if values is None else values[first : meeting[0]] for values in current])
+        encoding, current, first = next_encoding, following, meeting[1]
+    parts.append([values if values is None else values[first:] for values in current])
+    return [None if values[0] is None else np.concatenate(values) for values in zip(*parts)]
+
+
+def find_meeting(encodings, ids, step):
+    """Return the place of the same token in the encodings of two parts that begin `step` characters apart."""
+    for middle in range(OVERLAP // 2, OVERLAP // 2 + SAME_TOKENS):
+        places = encodings[0].char_to_token(step + middle), encodings[1].char_to_token(middle)
+        if None in places or min(places) < SAME_TOKENS:
+            continue
+        begins = [encoding.token_to_chars(place)[0] for encoding, place in zip(encodings, places)]
+        around = [row[place - SAME_TOKENS : place + SAME_TOKENS] for row, place in zip(ids, places)]
+        if begins[0] == begins[1] + step and len(around[0]) == 2 * SAME_TOKENS and np.array_equal(*around):
+            return places
+    return None
+
+
+def continues_word(ids, words, word_starts):
+    """Return uint8 [L]: 1 for a token of the word of the token before it, unless it is marked as the start of one."""
+    words = np.array(words, float)  # None, of an added token, becomes NaN, which equals nothing.
+    flags = np.zeros(len(ids), np.uint8)
+    flags[1:] = (words[1:] == words[:-1]) & ~word_starts[ids[1:]]
+    return flags
+
+
+def find_word_starts(tokenizer):
+    """Return for each id whether its token is marked as the start of a word: bool [V].
+
+    Some tokenizers (Llama, Gemma) take a text for one word, but mark the spaces in their tokens.
+    """
+    if not tokenizer.is_fast:
+        raise UserError("--whole_word_mask needs a fast tokenizer; see --use_fast_tokenizer")
+    vocabulary = tokenizer.get_vocab()
+    word_starts = np.zeros(max(vocabulary.values()) + 1, bool)
+    word_starts[[i for token, i in vocabulary.items() if token.startswith(WORD_MARKS)]] = True
+    _, (flags,) = encode_bodies(["a a a"], tokenizer, word_starts, "int32")
+    if np.count_nonzero(flags == 0) < 3:
+        raise UserError("--whole_word_mask: this tokenizer does not tell where words begin")
+    return word_starts
+
+
+def make_encoder(tokenizer, data_args, max_seq_length):
+    """Return `encode_texts` for the settings of a run."""
+    tokenizer = copy.deepcopy(tokenizer)
+    # These calls also set the backend to what the tokenizer says, in place of what earlier calls have left there.
+    text, body = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    place = next(i for i in range(len(text)) if text[i : i + len(body)] == body)
+    id_type = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "int32"
+    return functools.partial(
+        encode_texts,
+        tokenizer=tokenizer,
+        special_ids=(np.array(text[:place], id_type), np.array(text[place + len(body) :], id_type)),
+        word_starts=find_word_starts(tokenizer) if data_args.whole_word_mask else None,
+        line_by_line=data_args.line_by_line,
+        max_seq_length=max_seq_length,
+    )
 
 
 def encode_dataset(raw, encode, data_args, description):
@@ -695,37 +1003,72 @@ def encode_dataset(raw, encode, data_args, description):
 def encode_batch(_, numbers, raw, encode):
     """Return the token rows of one batch of texts; `numbers` is a list that holds the number of the batch."""
     first = numbers[0] * ENCODE_BATCH
-    return encode(raw[first : first + ENCODE_BATCH])
+    columns = raw[first : first + ENCODE_BATCH].columns
+    return pa.concat_tables(encode(text_item(value.as_py() for value in row) for row in zip(*columns)))
 
 
 def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args=None):
     """Return {split: TokenizedDataset}, tokenized once and then cached; a training stream is a `StreamedDataset`."""
-    if data_args.whole_word_mask and not tokenizer.is_fast:
-        raise UserError("--whole_word_mask needs a fast tokenizer; see --use_fast_tokenizer")
-    tokenizer = copy.deepcopy(tokenizer)  # The truncation that `encode_texts` sets must not be saved with the model.
-    settings = {"line_by_line": data_args.line_by_line, "max_seq_length": max_seq_length}
-    settings |= {"tokenizer": tokenizer, "whole_word_mask": data_args.whole_word_mask}
-    settings["id_type"] = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "int32"
+    encode = make_encoder(tokenizer, data_args, max_seq_length)
+    if data_args.streaming:
+        return tokenize_streams(raw_datasets, encode, data_args, training_args)
     tokenized = {}
     for split, raw in raw_datasets.items():
         limit = data_args.max_train_samples if split == "train" else data_args.max_val_samples
         source = data_args.dataset_name or " ".join(getattr(data_args, f"{split}_file") or data_args.train_file or ())
+        if not len(raw):
+            continue  # `check_samples` reports it.
         with user_errors(f"the {split} data of {source}"):
-            if data_args.streaming and split == "validation":  # Held in memory.
-                raw = datasets.Dataset.from_list(list(raw.take(limit) if limit else raw))
-            if isinstance(raw, datasets.Dataset) and not len(raw):
-                continue  # `check_samples` reports it.
-            column = find_text_column(raw, data_args.text_column_name)
-            encode = functools.partial(encode_texts, column=column, **settings)
-            if data_args.streaming and split == "train":
-                tokenized[split] = StreamedDataset(raw, encode, data_args.shuffle_buffer_size, limit, training_args)
-                continue
-            encode(pa.table({column: ["a"]}))  # Sets the tokenizer's truncation, which is a part of the cache key.
             rows = encode_dataset(raw, encode, data_args, f"Tokenizing the {split} data")
         rows = rows.select(range(min(limit or len(rows), len(rows))))
         tokenized[split] = TokenizedDataset(rows, fixed_masks=split == "validation")
         log_data(split, len(raw), rows, tokenizer)
     return tokenized
+
+
+def tokenize_streams(streams, encode, data_args, training_args):
+    """Return {"train": StreamedDataset, "validation": TokenizedDataset}; the second one is held in memory.
+
+    Without validation data of its own, it is made of the first texts of the training data, as many as it needs.
+    """
+    tokenized, num_texts = {}, 0
+    if "validation" in streams:
+        shared = streams["validation"].split == "train"
+        wanted = data_args.max_val_samples or (STREAMED_VALIDATION if shared else None)
+        with user_errors("the validation data"):
+            rows, num_texts = first_rows(streams["validation"], encode, wanted)
+        if len(rows):
+            tokenized["validation"] = TokenizedDataset(rows, fixed_masks=True)
+            log_data("validation", num_texts, rows, encode.keywords["tokenizer"])
+        if shared:
+            logger.info(f"The first {num_texts:,} texts of the stream are for validation and not for training.")
+        else:
+            num_texts = 0
+    if "train" in streams:
+        raw = streams["train"].skip(num_texts) if num_texts else streams["train"]
+        block_size, limit = data_args.shuffle_buffer_size, data_args.max_train_samples
+        tokenized["train"] = StreamedDataset(raw, encode, block_size, limit, training_args)
+    return tokenized
+
+
+def first_rows(stream, encode, wanted):
+    """Return the first token rows of a stream (None: all), and the number of texts that they are made of."""
+    counter = itertools.count()
+    texts = (text_item(example.values()) for example, _ in zip(stream, counter))
+    most = ENCODE_BATCH if wanted is None else 1  # One by one, no text is taken for nothing.
+
+    def tables():
+        for first in texts:
+            yield from encode(itertools.chain([first], itertools.islice(texts, ENCODE_BATCH - 1)), most=most)
+
+    found, num_rows = [], 0
+    for table in tables():
+        found.append(table)
+        num_rows += len(table)
+        if wanted is not None and num_rows >= wanted:
+            break
+    rows = pa.concat_tables(found).slice(0, wanted).combine_chunks() if found else pa.table({"input_ids": []})
+    return datasets.Dataset(rows), next(counter)
 
 
 def log_data(split, num_texts, rows, tokenizer):
@@ -817,8 +1160,7 @@ class StreamedDataset:
     """
 
     def __init__(self, raw, encode, block_size, rows_per_pass, args):
-        self.raw = raw.with_format("arrow")
-        self.encode, self.args = encode, args
+        self.raw, self.encode, self.args = raw, encode, args
         self.block_size, self.rows_per_pass = block_size, rows_per_pass
         self.start({"first": 0, "epoch": 0, "row": 0, "raw": None, "skip": 0})
         self.num_samples = self.num_tokens = 0  # Read so far.
@@ -843,13 +1185,16 @@ class StreamedDataset:
         raw = copy.deepcopy(self.raw)
         raw.load_state_dict(block["raw"])
         before, skip = block["raw"], block["skip"]
+        texts = (text_item(example.values()) for example in raw)
         with user_errors("the streamed training data"):
-            for texts in raw.iter(ENCODE_BATCH):
-                table = self.encode(texts)
-                columns = {name: table[name].combine_chunks() for name in table.column_names}
-                for i in range(skip, len(table)):
-                    row = {name: array_value(column[i]) for name, column in columns.items()}
-                    yield {"raw": before, "skip": i}, row
+            for first in texts:
+                number = 0
+                for table in self.encode(itertools.chain([first], itertools.islice(texts, ENCODE_BATCH - 1))):
+                    columns = {name: table[name].combine_chunks() for name in table.column_names}
+                    for i in range(max(0, skip - number), len(table)):
+                        row = {name: array_value(column[i]) for name, column in columns.items()}
+                        yield {"raw": before, "skip": number + i}, row
+                    number += len(table)
                 before, skip = raw.state_dict(), 0
 
     def samples(self, seed, first):
@@ -873,7 +1218,8 @@ class StreamedDataset:
                 block = {**block, "first": block["first"] + len(read), "row": block["row"] + len(read)}
                 del block["batch"]
             if not block["row"]:
-                raise UserError("the train data holds no sample: give more text or lower --max_seq_length")
+                remedies = "give more text, or lower --max_seq_length, or --max_val_samples"
+                raise UserError(f"the train data holds no sample: {remedies}")
             block = {**block, "epoch": block["epoch"] + 1, "row": 0, "raw": None, "skip": 0}
 
     def block_at(self, number):
@@ -2384,7 +2730,7 @@ def main(argv=None):
         if not training_args.should_log:
             data_args.overwrite_cache = False  # The main process overwrites it, before the others read it.
         with main_process_first("tokenizing"):
-            raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), training_args)
+            raw_datasets = needed_splits(load_raw_datasets(model_args, data_args), data_args, training_args)
             tokenized = tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, training_args)
         check_samples(tokenized, training_args)
         log_new_tokens(new_tokens, tokenized.get("train"))

@@ -58,8 +58,11 @@ MUTANTS = [
         "each tokenizing process cuts rows from a share of the texts",
         SCRIPTS,
         "batches = raw.select(range(0, len(raw), ENCODE_BATCH))  # A row",
-        """return raw.with_format("arrow").map(
-        encode,
+        """def encode_share(table):
+        return pa.concat_tables(encode(text_item(value.as_py() for value in row) for row in zip(*table.columns)))
+
+    return raw.with_format("arrow").map(
+        lambda rows: encode_share(rows),
         batched=True,
         batch_size=ENCODE_BATCH,
         remove_columns=raw.column_names,

@@ -379,7 +379,9 @@ DATA = [
         ["--text_column_name body", "text, n"],
     ),
     Mistake(
-        "numbers", lambda place: place.data("a.csv", "text\n1\n2\n"), ["a.csv", "column text holds int64, not text"]
+        "numbers",
+        lambda place: place.data("a.jsonl", '{"text": 1}'),
+        ["a.jsonl: line 1: the column text holds 1, not text"],
     ),
     Mistake(
         "a number among texts",

@@ -161,3 +161,25 @@ def test_odd_line_breaks_do_not_shift_the_lines(script, tiny_tokenizer, tmp_path
     reference.write_bytes(b"\xef\xbb\xbf[2]\r\n\r\n[3]\r\n")
     given = {"train_file": text, "train_ref_file": reference, "validation_file": text}
     assert word_flags(tokenize(script, tiny_tokenizer, line_by_line="true", **given)["train"]) == [[2], [3]]
+
+
+@pytest.mark.parametrize("position", ["-1", "0", "1", "6", "100000", "1.5", "true", '"2"'])
+def test_a_position_where_no_word_continues_is_an_error(script, tiny_tokenizer, tmp_path, position):
+    lines = ["the baker bakes bread ."] * 3
+    given = {"train_file": write_lines(tmp_path / "train.txt", lines), "validation_file": tmp_path / "train.txt"}
+    given |= {"train_ref_file": write_lines(tmp_path / "train.ref", ["[2]", f"[3, {position}]", "[5]"])}
+    with pytest.raises(script.UserError, match=r"line 2[ ,:]"):
+        tokenize(script, tiny_tokenizer, line_by_line="true", **given)
+
+
+def test_a_file_of_another_length(script, tiny_tokenizer, tmp_path):
+    text, path = write_lines(tmp_path / "train.txt", ["a dog ."] * 20), tmp_path / "train.ref"
+    given = {"train_file": text, "train_ref_file": path, "validation_file": text, "line_by_line": "true"}
+    for lines in (17, 21):
+        write_lines(path, ["[2]"] * lines)
+        with pytest.raises(script.UserError, match=rf"{path}: {lines} lines for the 20 texts of {text}"):
+            tokenize(script, tiny_tokenizer, **given)
+    write_lines(path, ["[2]"] * 20 + ["", ""])
+    assert word_flags(tokenize(script, tiny_tokenizer, **given)["train"]) == [[2]] * 20
+    with pytest.raises(script.UserError, match="/dev/zero: not a regular file"):
+        tokenize(script, tiny_tokenizer, **{**given, "train_ref_file": "/dev/zero"})

@@ -1,5 +1,6 @@
 """A stream gives the samples that the cached data set gives, in an order that a resumed run continues."""
 
+import bisect
 import copy
 import gzip
 import importlib
@@ -27,6 +28,7 @@ from conftest import (
     weights,
     write_lines,
 )
+from test_data import batched_rows, joined_rows, plain_rows
 
 import run_mlm
 
@@ -71,6 +73,8 @@ def tokenize(script, tokenizer, arguments, **settings):
     needed = flags(model_name_or_path="some-model", output_dir="unused", do_train=True, max_steps=40, **settings)
     model_args, data_args, training_args = script.parse_args([*needed, *arguments])
     raw = script.load_raw_datasets(model_args, data_args)
+    if "do_eval" in settings:
+        raw = script.needed_splits(raw, data_args, training_args)
     return script.tokenize_datasets(raw, tokenizer, data_args, LENGTH, training_args)
 
 
@@ -212,9 +216,10 @@ def test_a_resume_tokenizes_only_from_its_block_on(script, tokenizer, files, tmp
     texts = []
     encode = script.encode_texts
 
-    def watched(table, **settings):
-        texts.extend(table[settings["column"]].to_pylist())
-        return encode(table, **settings)
+    def watched(items, **settings):
+        items = list(items)
+        texts.extend(text for (text,) in items)
+        return encode(items, **settings)
 
     monkeypatch.setattr(script, "encode_texts", watched)
     settings = {"streaming": True, "line_by_line": "true", "shuffle_buffer_size": 20, "train_batch_size": 1}
@@ -281,25 +286,44 @@ def test_the_tokenizer_is_saved_without_truncation(script, small_model, files, t
 
 
 @pytest.mark.shared
-def test_validation_is_taken_from_the_beginning(script, tokenizer, tmp_path):
-    lines = sentences(1200)
+@pytest.mark.parametrize("line_by_line", ["true", "false"])
+def test_validation_is_taken_from_the_beginning(script, tokenizer, tmp_path, caplog, line_by_line):
+    caplog.set_level("INFO")
+    lines = [line for i, line in enumerate(sentences(1500)) for line in ([line, "", " "] if i % 5 == 0 else [line])]
     given = ["--train_file", write_lines(tmp_path / "train.txt", lines)]
-    settings = {"streaming": True, "line_by_line": "true", "shuffle_buffer_size": 10}
-    for limit, first in ((None, 1000), (30, 30)):
+    settings = {"streaming": True, "line_by_line": line_by_line, "shuffle_buffer_size": 10, "do_eval": True}
+    for limit in (None, 30):
         more = {} if limit is None else {"max_val_samples": limit}
-        tokenized = tokenize(script, tokenizer, given, **settings, **more)
-        texts = [tokenizer(line, truncation=True, max_length=LENGTH)["input_ids"] for line in lines]
+        tokenized, wanted = tokenize(script, tokenizer, given, **settings, **more), limit or 1000
+        if line_by_line == "true":
+            rows = plain_rows(tokenizer, lines)
+            place = [i for i, line in enumerate(lines, 1) if line.strip()][wanted - 1]
+        else:  # Joined seven texts at a time, and the training text from the next one on.
+            counts = [0]
+            for n in range(0, len(lines), 7):
+                counts.append(counts[-1] + len(joined_rows(tokenizer, lines[n : n + 7])))
+            first = 7 * (bisect.bisect_left(counts, wanted) - 1)
+            row_counts = (
+                counts[first // 7] + len(joined_rows(tokenizer, lines[first:n])) for n in range(first, first + 8)
+            )
+            place = first + next(n for n, count in enumerate(row_counts) if count >= wanted)
+            rows = batched_rows(tokenizer, lines[:place], 7)
         validation = tokenized["validation"]
-        assert [validation[i]["input_ids"].tolist() for i in range(len(validation))] == texts[:first]
+        assert [validation[i]["input_ids"].tolist() for i in range(len(validation))] == rows[:wanted]
         assert all(validation[i]["epoch"] == script.EVAL_EPOCH for i in range(len(validation)))
-        assert sorted(row for _, _, row, _ in take(tokenized["train"], 100)) == sorted(texts[first : first + 100])
+        assert f"The first {place:,} texts of the stream are for validation" in caplog.text
+        whole = ["--train_file", write_lines(tmp_path / "rest.txt", lines[place:])]
+        rest = tokenize(script, tokenizer, whole, **{**settings, "do_eval": "false"})
+        assert set(rest) == {"train"}
+        assert take(tokenized["train"], 100) == take(rest["train"], 100)
 
 
 @pytest.mark.shared
 def test_given_validation_data_is_read_whole_or_as_asked(script, tokenizer, tmp_path, files):
-    for more, count in (({}, 5), ({"max_val_samples": 2}, 2)):
+    blank = ["--validation_file", write_lines(tmp_path / "blank.txt", ["", " ", *sentences(4), ""])]
+    for more, count in (({}, 4), ({"max_val_samples": 2}, 2)):
         settings = {"streaming": True, "line_by_line": "true", **more}
-        assert len(tokenize(script, tokenizer, files, **settings)["validation"]) == count
+        assert len(tokenize(script, tokenizer, [*files, *blank], **settings)["validation"]) == count
 
 
 @pytest.mark.shared
@@ -348,10 +372,9 @@ def test_text_that_breaks_off_in_the_stream_is_an_error(script, tokenizer, tmp_p
     good, bad = tmp_path / "good.jsonl", tmp_path / "broken.jsonl"
     good.write_text("".join(f'{{"text": "{line}"}}\n' for line in sentences(20)))
     bad.write_text('{"text": "the baker ."}\n{"text": "the chi')
-    cases = ((bad, good, "the streamed training data"), (good, bad, "the validation data of .*broken.jsonl"))
-    for train, validation, subject in cases:
+    for train, validation in ((bad, good), (good, bad)):  # Each after a file that is good.
         given = ["--train_file", str(good), str(train), "--validation_file", str(good), str(validation)]
-        with pytest.raises(script.UserError, match=subject):
+        with pytest.raises(script.UserError, match=rf"^{bad}: line 2: Unterminated string"):
             take(tokenize(script, tokenizer, given, streaming=True, line_by_line="true")["train"], 21)
 
 
