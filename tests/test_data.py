@@ -28,11 +28,8 @@ from conftest import (
 )
 from safetensors.numpy import load_file
 
-# The csv loader of `datasets` leaves its reader to the garbage collector.
-pytestmark = [pytest.mark.shared, pytest.mark.filterwarnings(r"ignore:unclosed file .*:ResourceWarning")]
+pytestmark = pytest.mark.shared
 LENGTH = 16
-# The csv loader of `datasets` leaves its reader to the garbage collector.
-csv_left_open = pytest.mark.filterwarnings(r"ignore:unclosed file .*\.csv:ResourceWarning")
 
 
 @pytest.fixture
@@ -118,19 +115,6 @@ def count_encoded(tmp_path):
     return Encoded(tmp_path / "datasets_cache")
 
 
-@csv_left_open
-@pytest.mark.parametrize("extension", ["txt", "csv", "json", "jsonl", "parquet"])
-@pytest.mark.parametrize("line_by_line", ["true", "false"])
-def test_every_format_gives_the_tokens_of_its_text(script, tokenizer, tmp_path, extension, line_by_line):
-    lines = ['a baker, "old" and new', *sentences(30)]
-    path = write_format(tmp_path, extension, lines)
-    tokenized = tokenize(script, tokenizer, validation_file=path, line_by_line=line_by_line)
-    expected = plain_rows if line_by_line == "true" else joined_rows
-    assert set(tokenized) == {"validation"}
-    assert rows(tokenized["validation"]) == expected(tokenizer, lines)
-
-
-@csv_left_open
 def test_text_is_the_named_column_or_text_or_the_first(script, tokenizer, tmp_path):
     columns = {"title": sentences(5, seed=1), "text": sentences(5, seed=2), "note": sentences(5, seed=3)}
     settings = {"validation_file": str(tmp_path / "data.csv"), "line_by_line": "true"}
@@ -170,7 +154,6 @@ def test_a_file_with_brackets_is_itself_and_no_glob(script, tmp_path, streaming)
         read(script, tmp_path / "a[3].txt", names[1])
 
 
-@csv_left_open
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("extension", ["txt", "csv", "json", "jsonl"])
 def test_empty_files_are_left_out(script, tmp_path, caplog, extension, streaming):
@@ -598,7 +581,6 @@ def test_the_summary_is_true(script, tmp_path, caplog, line_by_line):
     assert "global batch size: 6 (batch 3, accumulation 2, devices 1)" in caplog.text
 
 
-PACKINGS = [".gz", ".zst"]
 ODD = ["the baker \U0001f600 ünï 字", "nul \0 byte", "word " * 2_000_000 + "end", "NA", 'a "quoted", text', "the end ."]
 
 
@@ -607,21 +589,6 @@ def read(script, *names, **settings):
     settings = {"model_name_or_path": "m", "output_dir": "o", "validation_file": names[-1], **settings}
     model_args, data_args, _ = script.parse_args(["--train_file", *map(str, names), *flags(**settings)])
     return [row["text"] for row in script.load_raw_datasets(model_args, data_args)["train"]]
-
-
-@pytest.mark.parametrize("packing", PACKINGS)
-@pytest.mark.parametrize("extension", ["txt", "csv", "json", "jsonl"])
-def test_packed_files_are_read(script, tmp_path, extension, packing):
-    lines = sentences(20)
-    path = write_format(tmp_path, extension, lines)
-    with (
-        pa.output_stream(path + packing, compression="gzip" if packing == ".gz" else "zstd") as file,
-        open(path, "rb") as source,
-    ):
-        file.write(source.read())
-    for more in ({}, {"streaming": True, "do_train": True, "max_steps": 1}):
-        assert read(script, path + packing, **more) == lines
-        assert read(script, path, path + packing, **more) == lines * 2
 
 
 @pytest.mark.parametrize("packing", [".gz", ".zst"])

@@ -340,24 +340,6 @@ def test_a_data_set_folder_is_streamed(script, tokenizer, tmp_path):
     assert len(tokenized["validation"]) == 3
 
 
-@pytest.mark.shared
-@pytest.mark.parametrize("extension", ["csv", "json", "jsonl", "parquet"])
-@pytest.mark.filterwarnings(r"ignore:unclosed file .*\.csv:ResourceWarning")
-def test_other_formats_are_streamed(script, tokenizer, tmp_path, extension):
-    lines, path = sentences(30), str(tmp_path / f"train.{extension}")
-    frame = pandas.DataFrame({"text": lines})
-    if extension == "csv":
-        frame.to_csv(path, index=False)
-    elif extension == "parquet":
-        frame.to_parquet(path)
-    else:
-        frame.to_json(path, orient="records", lines=extension == "jsonl")
-    given = ["--train_file", path, "--validation_file", path]
-    stream = tokenize(script, tokenizer, given, streaming=True, line_by_line="true")["train"]
-    texts = [tokenizer(line, truncation=True, max_length=LENGTH)["input_ids"] for line in lines]
-    assert sorted(row for _, _, row, _ in take(stream, 30)) == sorted(texts)
-
-
 def test_a_stream_without_a_sample_is_an_error(script, small_model, tmp_path, capsys):
     given = ["--train_file", write_lines(tmp_path / "empty.txt", ["", " "]), *flags(do_eval="false")]
     given += ["--validation_file", given[1]]
