@@ -1526,10 +1526,32 @@ def add_new_tokens(tokenizer, path):
     return {new_id: ids for new_id, ids in found.items() if new_id > last_id}
 
 
-def set_new_rows(values, size, new_tokens):
-    """Set the rows of new tokens, in the axis of length `size`, to the mean of the rows of their pieces."""
-    if new_tokens and size in values.shape:
-        rows = values.swapaxes(0, values.shape.index(size))
+def token_axes(model, size):
+    """Return (a new model for `size` tokens, {weight: the axis that has a row per token})."""
+    config = copy.deepcopy(model.config)
+    config.get_text_config().vocab_size = size
+    other = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    shapes = {name: zip(values.shape, model.state_dict()[name].shape) for name, values in other.state_dict().items()}
+    return other, {name: i for name, pairs in shapes.items() for i, (new, old) in enumerate(pairs) if new != old}
+
+
+def add_rows(model, size):
+    """Return the model with a row for each of `size` tokens: added rows are the mean of the others, biases 0."""
+    larger, axes = token_axes(model, size)
+    values = larger.state_dict()
+    for name, old in model.state_dict().items():
+        if name in axes and old.ndim > 1:
+            values[name][:] = old.mean(axes[name], keepdim=True)
+        values[name][tuple(map(slice, old.shape))] = old
+    return larger
+
+
+def fill_new_rows(model, new_tokens):
+    """Set the rows of new tokens, in all weights with a row per token, to the mean of the rows of their pieces."""
+    with torch.device("meta"):  # Shapes alone.
+        _, axes = token_axes(model, model.config.get_text_config().vocab_size + 1)
+    for name, axis in axes.items():
+        rows = model.state_dict()[name].movedim(axis, 0)
         for new_id, pieces in new_tokens.items():
             rows[new_id] = rows[pieces].mean(0)
 
@@ -1561,11 +1583,10 @@ def load_config(model_args, tokenizer):
         for key, value in config.to_dict().items():
             if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(config, key, model_args.dropout_rate)
-    if model_args.new_tokens and len(tokenizer) in {**config.to_dict(), "vocab_size": None}.values():
-        raise UserError(f"--new_tokens: {len(tokenizer)} tokens are as many as another size of the model: omit one")
+    vars(config).pop("auto_map", None)  # It names code beside the model, which is not run and not copied.
     if not model_args.model_name_or_path:
         text_config = config.get_text_config()  # The part for text, of a model that sees images too.
-        text_config.vocab_size = len(tokenizer)
+        text_config.vocab_size = max(tokenizer.get_vocab().values()) + 1
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(tokenizer, key) is not None:
                 setattr(text_config, key, getattr(tokenizer, key))
@@ -1575,7 +1596,7 @@ def load_config(model_args, tokenizer):
 def load_model(model_args, config, tokenizer, training_args, new_tokens=None):
     """Return the masked-LM model, pretrained or with random weights, with the vocabulary of the tokenizer."""
     name, attention = model_args.model_name_or_path, training_args.attn_implementation
-    options = {"attn_implementation": attention} if attention else {}
+    options = {"dtype": torch.float32, **({"attn_implementation": attention} if attention else {})}
     with user_errors(f"the model {name or config.model_type}"), torch.no_grad():
         if not name:
             model = AutoModelForMaskedLM.from_config(config, **options)
@@ -1583,24 +1604,10 @@ def load_model(model_args, config, tokenizer, training_args, new_tokens=None):
             model = load_tensorflow_model(name.removesuffix(".index"), config)
         else:
             model = AutoModelForMaskedLM.from_pretrained(name, config=config, **options, **model_args.model_options)
-        model = resize_vocabulary(model, len(tokenizer))
-        for parameter in model.parameters():
-            set_new_rows(parameter, len(tokenizer), new_tokens)
-    return model
-
-
-def resize_vocabulary(model, size):
-    """Return the model with token embeddings and decoder for `size` tokens."""
-    if model.config.get_text_config().vocab_size == size:
-        return model  # Some models cannot be resized.
-    model.resize_token_embeddings(size)
-    if isinstance(model._tied_weights_keys, dict) and not model.config.tie_word_embeddings:
-        # Transformers 5 leaves the second bias of an untied decoder shared or too short: it could not be loaded.
-        for path in model._tied_weights_keys.values():
-            parent, _, name = path.rpartition(".")
-            if name == "bias":
-                bias = model.get_output_embeddings().bias.detach().clone()
-                setattr(model.get_submodule(parent), name, torch.nn.Parameter(bias))
+        if (size := max(tokenizer.get_vocab().values()) + 1) > model.config.get_text_config().vocab_size:
+            model = add_rows(model, size)
+        if new_tokens:
+            fill_new_rows(model, new_tokens)
     return model
 
 
@@ -1857,6 +1864,10 @@ class MaskedLMTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint):
         pass  # No random number depends on what was drawn before.
+
+    def get_decay_parameter_names(self, model):
+        """Return the names of all weights but biases and norms, whatever the modules are called."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
     def _save(self, output_dir=None, state_dict=None):
         super()._save(output_dir, state_dict)
@@ -2345,7 +2356,6 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
             data_collator=collator,
             train_dataset=tokenized.get("train"),
             eval_dataset=tokenized.get("validation"),
-            processing_class=tokenizer,
             sparse_start=sparse_start,
             settings=run_settings(data_args, training_args, max_seq_length, tokenized.get("train", ())),
         )
