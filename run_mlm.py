@@ -1300,6 +1300,16 @@ class RunPlan:
         epochs, steps = divmod(steps - left, self.steps_per_epoch)
         return Position(self.start.epoch + 1 + epochs, steps * self.batch_size, self.batch_size)
 
+    def num_samples(self, step):
+        """Return the samples that this process's run has trained on after a step: an incomplete step has fewer."""
+        position = self.position(step)
+        if position.epoch == self.start.epoch:
+            return position.sample - self.start.sample
+        epochs = position.epoch - self.start.epoch - 1
+        left = max(0, self.epoch_size(self.start) - self.start.sample)
+        first = min(left, self.steps_left(self.start) * self.batch_size)
+        return first + epochs * self.epoch_size(position) + position.sample
+
     def epoch(self, step):
         """Return the passes over the training data after a step: of a stream, the share of the run."""
         if self.is_stream:
@@ -1776,14 +1786,14 @@ class MaskedLMTrainer(Trainer):
         """Log as the Trainer does, with the tokens per second since the last report."""
         if "loss" in logs:
             (step, start), now = self.timer, time.perf_counter()
-            samples = self.args.global_batch_size * (self.state.global_step - step)
+            samples = self.plan.num_samples(self.state.global_step) - self.plan.num_samples(step)
             logs["tokens_per_second"] = round(self.train_dataset.tokens_per_sample * samples / (now - start))
             self.timer = self.state.global_step, now
             self.average_losses()
             logs["loss"] = self.losses.report()
         if "train_loss" in logs:  # The Trainer reports the loss of this process's steps, and the speed of all steps.
             start, steps = time.time() - logs["train_runtime"], self.state.global_step - self.plan.first_step
-            logs |= speed_metrics("train", start, steps * self.args.global_batch_size, steps)
+            logs |= speed_metrics("train", start, self.plan.num_samples(self.state.global_step), steps)
             self.average_losses()
             logs["train_loss"] = self.losses.mean()
         super().log(logs, *args, **kwargs)

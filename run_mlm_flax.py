@@ -1289,6 +1289,16 @@ class RunPlan:
         epochs, steps = divmod(steps - left, self.steps_per_epoch)
         return Position(self.start.epoch + 1 + epochs, steps * self.batch_size, self.batch_size)
 
+    def num_samples(self, step):
+        """Return the samples that this process's run has trained on after a step: an incomplete step has fewer."""
+        position = self.position(step)
+        if position.epoch == self.start.epoch:
+            return position.sample - self.start.sample
+        epochs = position.epoch - self.start.epoch - 1
+        left = max(0, self.epoch_size(self.start) - self.start.sample)
+        first = min(left, self.steps_left(self.start) * self.batch_size)
+        return first + epochs * self.epoch_size(position) + position.sample
+
     def epoch(self, step):
         """Return the passes over the training data after a step: of a stream, the share of the run."""
         if self.is_stream:
@@ -2533,7 +2543,7 @@ def train(run, step, checkpoint, signals):
         if received:
             signals.stop(received, " after the last step; the model is saved")
     metrics = {"train_loss": run.losses.mean()}
-    metrics |= speed_metrics("train", start, (run.step - step) * args.global_batch_size, run.step - step)
+    metrics |= speed_metrics("train", start, run.plan.num_samples(run.step), run.step - step)
     metrics = keep_results(args, {**metrics, **run.epoch, "train_samples": len(run.tokenized["train"])})
     run.log({name: value for name, value in metrics.items() if name != "train_samples"})
     return state.params, metrics
@@ -2593,7 +2603,7 @@ def log_losses(run, grad_norm, schedule):
     """Log the mean of the losses since the last report, and what belongs to the last step."""
     read_losses(run)
     step, start = run.timer
-    samples, seconds = run.args.global_batch_size * (run.step - step), time.perf_counter() - start
+    samples, seconds = run.plan.num_samples(run.step) - run.plan.num_samples(step), time.perf_counter() - start
     logs = {"loss": run.losses.report(), "grad_norm": float(grad_norm[0])}
     logs["learning_rate"] = float(schedule(run.step - 1))
     logs["tokens_per_second"] = round(run.tokenized["train"].tokens_per_sample * samples / seconds)

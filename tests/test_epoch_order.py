@@ -1,5 +1,8 @@
 """Every epoch has an order of its own, the same batches in both scripts."""
 
+import itertools
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from conftest import flags, optional_module, sentences, set_up, write_lines
@@ -77,6 +80,23 @@ def test_grouping_by_length_keeps_the_permutation_and_saves_padding(seed, count,
         # Windows stay where they were: the order is still random beyond them.
         window = run_mlm.LENGTH_WINDOW * batch_size
         assert set(grouped[:window].tolist()) == set(order[:window].tolist())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_samples_are_counted_as_the_steps_train_them(data):
+    """Also behind a checkpoint of another batch size, and without fillers."""
+    draw = lambda *span: data.draw(st.integers(*span))  # noqa: E731
+    size, batch, epochs = draw(1, 40), draw(1, 9), draw(1, 3)
+    args = SimpleNamespace(
+        **{"global_batch_size": batch, "drop_last_step": data.draw(st.booleans()) and batch <= size, "max_steps": -1},
+        **{"num_train_epochs": epochs, "group_by_length": False, "order_seed": 3},
+    )
+    first_step = draw(0, 5)
+    start = run_mlm.Position(0, draw(0, size - 1), draw(1, 9)) if first_step else None
+    plan = run_mlm.RunPlan(range(size), args, first_step, start)
+    trained = [0, *itertools.accumulate(sum(key.labelled for key in keys) for keys in plan.steps())]
+    assert [plan.num_samples(step) for step in range(first_step, plan.num_steps + 1)] == trained
 
 
 def pytorch_batches(trainer):
