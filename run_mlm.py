@@ -22,6 +22,7 @@ import atexit
 import contextlib
 import copy
 import csv
+import datetime
 import difflib
 import errno
 import functools
@@ -82,7 +83,7 @@ from transformers import (
 )
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
-from transformers.trainer_callback import DefaultFlowCallback
+from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import check_min_version, is_torch_xla_available
 
@@ -247,6 +248,8 @@ class TrainingArguments(transformers.TrainingArguments):
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         self.remove_unused_columns = False  # The collator needs the epoch and index of a sample.
         self.logging_nan_inf_filter = False  # `training_step` raises an error instead.
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # Bars would leave fragments in a file.
         self.report_to = self.report_to or ["all"]  # Transformers 5 would report nowhere.
         if (self.metric_for_best_model or "").endswith("perplexity") and self.greater_is_better is None:
             self.greater_is_better = False  # To the Trainer, a metric is a score unless it ends in "loss".
@@ -1784,8 +1787,10 @@ class MaskedLMTrainer(Trainer):
 
     def log(self, logs, *args, **kwargs):
         """Log as the Trainer does, with the tokens per second since the last report."""
+        seconds_per_step = 0.0
         if "loss" in logs:
             (step, start), now = self.timer, time.perf_counter()
+            seconds_per_step = (now - start) / max(1, self.state.global_step - step)
             samples = self.plan.num_samples(self.state.global_step) - self.plan.num_samples(step)
             logs["tokens_per_second"] = round(self.train_dataset.tokens_per_sample * samples / (now - start))
             self.timer = self.state.global_step, now
@@ -1796,6 +1801,8 @@ class MaskedLMTrainer(Trainer):
             logs |= speed_metrics("train", start, self.plan.num_samples(self.state.global_step), steps)
             self.average_losses()
             logs["train_loss"] = self.losses.mean()
+        elif self.args.disable_tqdm and self.args.should_log and self.state.max_steps:
+            log_report(logs, self.state.global_step, self.state.max_steps, seconds_per_step)
         super().log(logs, *args, **kwargs)
 
     def create_accelerator_and_postprocess(self):
@@ -2252,9 +2259,18 @@ def setup_logging(training_args):
     )
     logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
     if not training_args.should_log:
-        datasets.disable_progress_bars()
         transformers.utils.logging.set_verbosity_error()
+    if training_args.disable_tqdm or not training_args.should_log:
+        datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+
+
+def log_report(logs, step, num_steps, seconds_per_step=0.0):
+    """Log a report in one line, for a log without a progress bar; with the time of a step, it tells the time left."""
+    left = datetime.timedelta(seconds=round(seconds_per_step * (num_steps - step)))
+    left = f", {left} left" if seconds_per_step else ""
+    values = [f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in logs.items()]
+    logger.info(f"step {step:,} of {num_steps:,} ({step / num_steps:.0%}{left}): {', '.join(values)}")
 
 
 def log_training(args, num_parameters, step, num_steps, learning_rate):
@@ -2369,6 +2385,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
             sparse_start=sparse_start,
             settings=run_settings(data_args, training_args, max_seq_length, tokenized.get("train", ())),
         )
+    trainer.remove_callback(PrinterCallback)  # `log_report` does this.
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and not hasattr(training_args, "logging_dir"):
             # Transformers 5 would write the charts of an evaluation alone to the current folder.

@@ -22,6 +22,7 @@ A accumulated batches, D devices.
 import contextlib
 import copy
 import csv
+import datetime
 import difflib
 import errno
 import functools
@@ -256,6 +257,7 @@ class TrainingArguments:
     save_total_limit: Optional[int] = HfArg(default=None, help="Keep at most this many checkpoints, the newest.")
     resume_from_checkpoint: Optional[str] = HfArg(default=None, help="Checkpoint (default: the newest in output_dir).")
     seed: int = HfArg(default=42, help="Seed of new weights, dropout, order and masks.")
+    disable_tqdm: Optional[bool] = HfArg(default=None, help="No progress bars (default: if stderr is no terminal).")
     bf16: bool = HfArg(default=False, help="Compute in bfloat16; the weights stay float32.")
     push_to_hub: bool = HfArg(default=False, help="Upload the model, its card and results to the hub after training.")
     hub_model_id: Optional[str] = HfArg(default=None, help="Hub repository (default: the name of output_dir).")
@@ -267,6 +269,8 @@ class TrainingArguments:
 
     def __post_init__(self):
         self.drop_last_step = self.dataloader_drop_last
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()  # Bars would leave fragments in a file.
         self.old_run, self.named_checkpoints = [], []  # Set by `note_old_run`.
         self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs or "{}")
         if not isinstance(self.lr_scheduler_kwargs, dict):
@@ -2131,9 +2135,18 @@ def setup_logging(training_args):
     )
     logger.setLevel(logging.INFO if training_args.should_log else logging.ERROR)
     if not training_args.should_log:
-        datasets.disable_progress_bars()
         transformers.utils.logging.set_verbosity_error()
+    if training_args.disable_tqdm or not training_args.should_log:
+        datasets.disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
+
+
+def log_report(logs, step, num_steps, seconds_per_step=0.0):
+    """Log a report in one line, for a log without a progress bar; with the time of a step, it tells the time left."""
+    left = datetime.timedelta(seconds=round(seconds_per_step * (num_steps - step)))
+    left = f", {left} left" if seconds_per_step else ""
+    values = [f"{name} {value:.6g}" if isinstance(value, float) else f"{name} {value}" for name, value in logs.items()]
+    logger.info(f"step {step:,} of {num_steps:,} ({step / num_steps:.0%}{left}): {', '.join(values)}")
 
 
 def log_training(args, num_parameters, step, num_steps, learning_rate):
@@ -2430,12 +2443,15 @@ class Run:
         """{"epoch": passes over the training data so far}, or {} without training."""
         return {"epoch": self.plan.epoch(self.step)} if self.plan else {}
 
-    def log(self, logs):
+    def log(self, logs, seconds_per_step=0.0):
         """Record values in the history and on the charts, under the Trainer's names."""
         logs = {**logs, **self.epoch}
         self.log_history.append({**logs, "step": self.step})
         if self.args.should_log:
-            tqdm.write(str({name: float(f"{value:.6g}") for name, value in logs.items()}))
+            if not self.args.disable_tqdm:
+                tqdm.write(str({name: float(f"{value:.6g}") for name, value in logs.items()}))
+            elif self.plan and "train_loss" not in logs:
+                log_report(logs, self.step, self.plan.num_steps, seconds_per_step)
             for name, value in logs.items():
                 tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
                 self.writer.scalar(tag, value, self.step)
@@ -2530,7 +2546,8 @@ def train(run, step, checkpoint, signals):
         make_up_evaluation(run, state)
         run.timer = run.step, time.perf_counter()
         steps = run.plan.steps()
-        for keys in tqdm(steps, "Training", run.plan.num_steps, initial=run.step, disable=not args.should_log):
+        hidden = args.disable_tqdm or not args.should_log
+        for keys in tqdm(steps, "Training", run.plan.num_steps, initial=run.step, disable=hidden):
             batch = run.batch(run.tokenized["train"], keys, args.train_batch_size, args.gradient_accumulation_steps)
             loss, state, dropout_rngs = step_fn(state, batch, dropout_rngs)
             read_losses(run)  # Those of the step before, while the devices compute this one.
@@ -2607,7 +2624,7 @@ def log_losses(run, grad_norm, schedule):
     logs = {"loss": run.losses.report(), "grad_norm": float(grad_norm[0])}
     logs["learning_rate"] = float(schedule(run.step - 1))
     logs["tokens_per_second"] = round(run.tokenized["train"].tokens_per_sample * samples / seconds)
-    run.log(logs)
+    run.log(logs, seconds / max(1, run.step - step))
     run.timer = run.step, time.perf_counter()
 
 
@@ -2618,7 +2635,8 @@ def evaluate(run, params):
     batches = generate_batch_splits(keys, rows * jax.device_count(), drop_last=False)
     batches = [fill_up(batch, rows * jax.device_count()) for batch in batches]
     sums = []
-    for keys in tqdm(batches, "Evaluating", leave=False, disable=not run.args.should_log):
+    hidden = run.args.disable_tqdm or not run.args.should_log
+    for keys in tqdm(batches, "Evaluating", leave=False, disable=hidden):
         batch = {name: array[:, 0] for name, array in run.batch(dataset, keys, rows).items()}
         sums.append(run.eval_step(params, batch))
     sums = [jax.tree.map(lambda array: array.addressable_data(0), part) for part in sums]
