@@ -1541,11 +1541,10 @@ def load_config(model_args, tokenizer):
         for key, value in config.to_dict().items():
             if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(config, key, model_args.dropout_rate)
-    if model_args.new_tokens and len(tokenizer) in {**config.to_dict(), "vocab_size": None}.values():
-        raise UserError(f"--new_tokens: {len(tokenizer)} tokens are as many as another size of the model: omit one")
+    vars(config).pop("auto_map", None)  # It names code beside the model, which is not run and not copied.
     if not model_args.model_name_or_path:
         text_config = config.get_text_config()  # The part for text, of a model that sees images too.
-        text_config.vocab_size = len(tokenizer)
+        text_config.vocab_size = max(tokenizer.get_vocab().values()) + 1
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(tokenizer, key) is not None:
                 setattr(text_config, key, getattr(tokenizer, key))

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch._dynamo
 import transformers
-from conftest import finished_run, flags, make_model, read_json, sentences, set_up, write_lines
+from conftest import finished_run, flags, make_model, read_json, run_script, sentences, set_up, write_lines
 from safetensors.numpy import load_file
 
 import run_mlm
@@ -62,12 +63,23 @@ def test_fine_tuning_learns_and_writes_all_results(script, text_files, model_fol
     assert (Path(output) / "model.safetensors").exists()
 
 
-def test_the_results_do_not_depend_on_the_progress_bar(text_files, model_folder, tmp_path):
-    run_mlm.main(
-        flags(model_name_or_path=model_folder, output_dir=tmp_path / "output", do_train=True, disable_tqdm="true")
-        + flags(max_steps=2, max_seq_length=16, **text_files)
+@pytest.mark.parametrize("bars", [False, True])
+def test_a_log_in_a_file_has_lines_and_no_bars(script, text_files, model_folder, tmp_path, bars):
+    arguments = flags(model_name_or_path=model_folder, output_dir=tmp_path / "output", do_train=True, do_eval=True)
+    arguments += flags(max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=3, **text_files)
+        max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=3, max_seq_length=16, **text_files
     )
-    assert set(read_json(tmp_path / "output", "train_results.json")) >= RESULT_KEYS["train"]
+    done = run_script(script.__name__, arguments + flags(disable_tqdm="false") * bars)
+    assert done.returncode == 0, done.stderr
+    assert ("it/s" in done.stderr) == bars
+    reports = re.findall(r"INFO step (\d) of 4 \((\d+)%(, \d:\d\d:\d\d left)?\): (eval_)?loss \d", done.stdout)
+    expected = [
+        ("2", "50", True, ""),
+        ("3", "75", False, "eval_"),
+        ("4", "100", True, ""),
+        ("4", "100", False, "eval_"),
+    ]
+    assert [(step, share, bool(left), kind) for step, share, left, kind in reports] == ([] if bars else expected)
 
 
 def test_bf16_trains_on_a_cpu_and_keeps_float32_weights(script, text_files, model_folder, tmp_path, monkeypatch):
