@@ -67,8 +67,6 @@ def test_fine_tuning_learns_and_writes_all_results(script, text_files, model_fol
 def test_a_log_in_a_file_has_lines_and_no_bars(script, text_files, model_folder, tmp_path, bars):
     arguments = flags(model_name_or_path=model_folder, output_dir=tmp_path / "output", do_train=True, do_eval=True)
     arguments += flags(max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=3, **text_files)
-        max_steps=4, logging_steps=2, eval_strategy="steps", eval_steps=3, max_seq_length=16, **text_files
-    )
     done = run_script(script.__name__, arguments + flags(disable_tqdm="false") * bars)
     assert done.returncode == 0, done.stderr
     assert ("it/s" in done.stderr) == bars
