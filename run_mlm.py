@@ -137,6 +137,7 @@ OFFSET_POSITIONS = (
     "camembert data2vec-text esm ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
     "xmod"
 ).split()
+MAX_SHAPES = 6  # Lengths that batches are padded to when the step is compiled, once for each of them.
 LENGTH_WINDOW = 50  # Batches whose samples `--group_by_length` sorts together.
 STREAMED_VALIDATION = 1000  # Samples for validation from the beginning of a stream without validation data.
 CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
@@ -144,6 +145,7 @@ CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
 RESULTS = "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md"
 MAX_CAUSE = 400  # Characters of a library's message that an error line shows.
 IGNORED_LABEL = -100
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
 EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
 ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other numbers than masks do.
@@ -1490,17 +1492,54 @@ class MaskingCollator:
 
 @dataclass
 class MaskedLMCollator(MaskingCollator, DataCollatorForLanguageModeling):
-    """The stock collator with masks that can be reproduced; batches are padded to at least `length`."""
+    """The stock collator with reproducible masks. It pads batches to at least `length`.
+
+    With `few_shapes`, it pads them to one of few lengths up to `max_seq_length`. With `compact`, it leaves out what a
+    step does not need: the mask of a batch without padding, and most of the labels.
+    """
 
     length: int = 0
-    with_positions: bool = False
+    max_seq_length: Optional[int] = None
+    few_shapes: bool = False
+    compact: bool = False
 
     def __call__(self, examples, return_tensors=None):
-        """Return int64 tensors {"input_ids", "attention_mask", "labels"} [B, L], maybe "positions" [K] in B * L."""
-        batch = self.collate(examples, self.pad_to_multiple_of, self.length)
-        if self.with_positions:  # For the sparse head: on a GPU, finding them there would wait for the device.
-            batch["positions"] = np.flatnonzero(batch["labels"] != IGNORED_LABEL)
+        """Return int64 tensors {"input_ids", "attention_mask", "labels"} [B, L], or "labels" and "positions" [K]."""
+        length = self.length
+        if self.few_shapes:
+            longest = max(len(sample["input_ids"]) for sample in examples)
+            length = max(length, padded_length(longest, self.max_seq_length))
+        batch = self.collate(examples, self.pad_to_multiple_of, length)
+        if self.compact:
+            if batch["attention_mask"].all() and not self.few_shapes:
+                del batch["attention_mask"]  # Models look whether a mask hides anything, and wait for the answer.
+            slots = label_slots(batch["labels"], self.probability(examples[0].get("epoch", 0)))
+            batch |= select_labels(batch["labels"], slots)
         return {name: torch.from_numpy(array).long() for name, array in batch.items()}
+
+
+def padded_length(longest, max_seq_length):
+    """Return the length that a batch is padded to: one of at most `MAX_SHAPES`, because each one is compiled."""
+    multiple = 8 * math.ceil(max_seq_length / MAX_SHAPES / 8)
+    return min(max_seq_length, multiple * math.ceil(longest / multiple))
+
+
+def label_slots(labels, probability):
+    """Return a K that the labels [..., B, L] fit in, the same for almost every batch: the step is compiled for each."""
+    tokens = labels.shape[-2] * labels.shape[-1]
+    expected = tokens * probability
+    # Five standard deviations above the expected number, or a multiple of that if there are more labels.
+    slots = 8 * math.ceil((expected + 5 * math.sqrt(expected * (1 - probability))) / 8)
+    most = int((labels >= 0).sum((-2, -1)).max())
+    return min(tokens, slots * max(1, math.ceil(most / slots)))
+
+
+def select_labels(labels, slots):
+    """Return {"positions" in B * L, "labels"}, int32 [..., K]: those with a label first, then others; K is `slots`."""
+    flat = labels.reshape(-1, labels.shape[-2] * labels.shape[-1])
+    positions = np.argsort(flat < 0, axis=1, kind="stable")[:, :slots].astype(np.int32)
+    selected = {"positions": positions, "labels": np.take_along_axis(flat, positions, 1)}
+    return {name: array.reshape(*labels.shape[:-2], slots) for name, array in selected.items()}
 
 
 # ---- 4. Model -------------------------------------------------------------------------------------------------------
@@ -1651,68 +1690,85 @@ class StepSampler(torch.utils.data.Sampler):
 
 def ignore_signals(worker_id):
     """Make a loader worker ignore SIGTERM and Ctrl-C, which a whole process group gets: the main process ends it."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def model_inputs(model, batch):
     """Return what the model takes of a batch, without the labels: the loss is computed here."""
-    parameters = inspect.signature(MODEL_FOR_MASKED_LM_MAPPING[type(model.config)].forward).parameters
-    return {name: batch[name] for name in parameters if name in batch and name != "labels"}
+    return {name: batch[name] for name in input_names(type(model.config)) if name in batch}
 
 
-@contextlib.contextmanager
-def sparse_head(model, positions, shape, start):
-    """Keep only the hidden states at `positions` (flat, [K]), as [1, K, H], from a place in `model` on.
+@functools.cache
+def input_names(config_class):
+    """Return the names of what the masked-LM model of a configuration takes, without "labels"."""
+    names = inspect.signature(MODEL_FOR_MASKED_LM_MAPPING[config_class].forward).parameters
+    return [name for name in names if name != "labels"]
 
-    `start` is "encoder": behind the encoder, so that only the head is sparse; or "layer": behind the last attention.
-    Raises `InputError` for a model without this place, or whose hidden states there are not `shape` (B, L) by H.
+
+class SparseHead:
+    """Keeps only some hidden states [1, K, H] of a model from a place on: those at the positions given to `at`.
+
+    `start` is "encoder": after the encoder, so that only the head is sparse; or "layer": after the last attention.
+    Raises `InputError` for a model without this place. The hook stays, so that the compiler sees one model.
     """
 
-    def select(hidden):
-        if getattr(hidden, "shape", ())[:2] != shape:
-            raise InputError(f"no hidden state of each token at the start {start!r}")
-        return hidden.flatten(0, 1)[positions][None]
+    def __init__(self, model, start):
+        self.positions = self.shape = None
+        if start == "layer":
+            last = f".{getattr(model.config, 'num_hidden_layers', 0) - 1}.attention.output"
+            found = [module for path, module in model.named_modules() if path.endswith(last)]
+            if not found:
+                raise InputError(f"no module {last}")
+            self.hook = found[0].register_forward_pre_hook(self.select_inputs)
+        else:
+            self.hook = model.base_model.register_forward_hook(self.select_outputs)
 
-    def select_inputs(module, inputs):
-        return tuple(map(select, inputs))
+    @contextlib.contextmanager
+    def at(self, positions, shape):
+        """Keep the hidden states at `positions` (flat, int [K]) of batches of a shape (B, L) in the block."""
+        self.positions, self.shape = positions, shape
+        try:
+            yield
+        finally:
+            self.positions = self.shape = None
 
-    def select_outputs(module, inputs, output):
-        hidden = select(output[0])
+    def select(self, hidden):
+        if self.positions is None:
+            return hidden
+        if getattr(hidden, "shape", ())[:2] != self.shape:
+            raise InputError("no hidden state of each token at this place")
+        return hidden.flatten(0, 1).index_select(0, self.positions)[None]
+
+    def select_inputs(self, module, inputs):
+        return tuple(self.select(hidden) for hidden in inputs)
+
+    def select_outputs(self, module, inputs, output):
+        hidden = self.select(output[0])
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output["last_hidden_state"] = hidden
         return output
 
-    if start == "layer":
-        last = f".{getattr(model.config, 'num_hidden_layers', 0) - 1}.attention.output"
-        found = [module for path, module in model.named_modules() if path.endswith(last)]
-        if not found:
-            raise InputError(f"no module {last}")
-        handle = found[0].register_forward_pre_hook(select_inputs)
-    else:
-        handle = model.base_model.register_forward_hook(select_outputs)
-    try:
-        yield
-    finally:
-        handle.remove()
-
 
 def find_sparse_start(model, collator, max_seq_length):
-    """Return the best `start` for `sparse_head` that leaves the logits as they are, or None if none does."""
+    """Return the best `start` of a `SparseHead` that leaves the logits as they are, or None if none does."""
     found, training = None, model.training
     model.eval()
     # Of odd length for "layer": some architectures attend to padded rows, whose positions are others.
     for start, length in (("encoder", min(32, max_seq_length)), ("layer", min(31, max_seq_length))):
         ids = np.arange(2 * length).reshape(2, -1) % collator.vocab_size
-        batch = {name: value.to(model.device) for name, value in collator([{"input_ids": row} for row in ids]).items()}
-        inputs, shape = model_inputs(model, batch), batch["labels"].shape
-        positions = (torch.arange(2 * length, device=model.device) % 3).nonzero()[:, 0]
-        with torch.no_grad():
+        inputs = model_inputs(model, collator([{"input_ids": row} for row in ids]))
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        positions = torch.arange(0, 2 * length, 3, device=model.device)
+        with torch.no_grad(), contextlib.ExitStack() as hooks:
             dense, sparse = model(**inputs).logits.flatten(0, 1)[positions], torch.zeros(0)
             # Models fail in many ways, and then do not allow this start.
-            with contextlib.suppress(UserError), user_errors(start), sparse_head(model, positions, shape, start):
-                sparse = model(**inputs).logits[0]
+            with contextlib.suppress(UserError), user_errors(start):
+                head = SparseHead(model, start)
+                hooks.callback(head.hook.remove)
+                with head.at(positions, ids.shape):
+                    sparse = model(**inputs).logits[0]
         if sparse.shape == dense.shape and (sparse - dense).abs().max() <= 1e-3 * dense.abs().max():
             found = start
     model.train(training)
@@ -1721,42 +1777,52 @@ def find_sparse_start(model, collator, max_seq_length):
     return found
 
 
+class HostCopy:
+    """A tensor on its way to the host: reading it waits for what a GPU was to do until then, not for what follows."""
+
+    def __init__(self, tensor):
+        self.tensor = tensor.to("cpu", non_blocking=True) if tensor.is_cuda else tensor
+        self.event = torch.cuda.current_stream().record_event() if tensor.is_cuda else None
+
+    def read(self):
+        """Return the tensor as a list."""
+        if self.event:
+            self.event.synchronize()
+        return self.tensor.tolist()
+
+
 class MaskedLMTrainer(Trainer):
     """Trainer whose loss is averaged over all masked tokens of an optimizer step (all its batches and processes)."""
 
     def __init__(self, *args, sparse_start, settings, **kwargs):
         super().__init__(*args, compute_metrics=masked_lm_metrics, **kwargs)
         self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
-        if sparse_start and (self.args.gradient_checkpointing or self.args.torch_compile or self.args.fsdp):
-            sparse_start = "encoder"  # Layers may run again in the backward pass, without the hook; FSDP wraps them.
+        if sparse_start and (self.args.gradient_checkpointing or self.args.fsdp):
+            sparse_start = "encoder"  # Layers may run again in the backward pass, without positions; FSDP wraps them.
         self.sparse_start = None if self.args.n_gpu > 1 else sparse_start  # DataParallel splits the batch.
+        self.head = SparseHead(self.model, self.sparse_start) if self.sparse_start else None
         self.settings, self.losses, self.plan = settings, LossSums(), None
-        self.micro_batch, self.step_loss, self.step_losses = 0, 0.0, []
+        self.micro_batch, self.step_loss, self.stop_signal = 0, 0.0, 0
         self.timer = 0, time.perf_counter()
         # The Trainer would delete folders with other names too, such as `checkpoint-10-old`.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
 
     def masked_logits(self, model, inputs):
-        """Return (logits [K, V], labels [K]) at the masked positions."""
-        labels, shape = inputs["labels"].flatten(), inputs["labels"].shape
-        unwrapped = self.accelerator.unwrap_model(model)
-        if "positions" not in inputs:  # The collator is not ours.
-            inputs["positions"] = (labels != IGNORED_LABEL).nonzero()[:, 0]
-        positions, inputs = inputs["positions"], model_inputs(unwrapped, inputs)
-        labels = labels[positions]
-        if self.sparse_start is None:
-            return model(**inputs).logits.flatten(0, 1)[positions], labels
-        if self.args.torch_compile:
-            torch._dynamo.maybe_mark_dynamic(positions, 0)  # Or each K would be compiled.
-        with sparse_head(unwrapped, positions, shape, self.sparse_start):
-            return model(**inputs).logits.flatten(0, 1), labels
+        """Return (logits [K, V], labels [K]) at the positions of a batch, or at all of them if it names none."""
+        labels, positions = inputs["labels"].flatten(), inputs.get("positions")
+        batch = model_inputs(self.model, inputs)
+        if self.head is None or positions is None:
+            logits = model(**batch).logits.flatten(0, 1)
+            return logits if positions is None else logits[positions], labels
+        with self.head.at(positions, inputs["input_ids"].shape):
+            return model(**batch).logits.flatten(0, 1), labels
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the summed loss divided by the number of masked tokens of the step; 0 if there are none."""
         logits, labels = self.masked_logits(model, inputs)
         smoothing = self.args.label_smoothing_factor
         loss = cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
-        count = torch.tensor(len(labels)) if num_items_in_batch is None else num_items_in_batch
+        count = (labels != IGNORED_LABEL).sum() if num_items_in_batch is None else num_items_in_batch
         loss = loss / count.clamp(min=1).to(loss.device)
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # Gradients are averaged over the processes.
@@ -1775,11 +1841,12 @@ class MaskedLMTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             logits, labels = self.masked_logits(model, inputs)
-        masked, length = inputs["labels"] != IGNORED_LABEL, inputs["labels"].shape[1]
+        size, length = inputs["input_ids"].shape
         losses = cross_entropy(logits.float(), labels, reduction="none")
-        scores = torch.stack([losses, (logits.argmax(-1) == labels).float()], dim=1)
-        sums = scores.new_zeros(len(masked), 2).index_add_(0, inputs["positions"] // length, scores)
-        return None, sums, masked.sum(1)
+        scores = torch.stack([losses, logits.argmax(-1) == labels, labels != IGNORED_LABEL], dim=1)
+        positions = inputs.get("positions", torch.arange(size * length, device=labels.device))
+        sums = scores.new_zeros(size, 3).index_add_(0, positions // length, scores)
+        return None, sums[:, :2], sums[:, 2]
 
     def is_local_process_zero(self):
         """Return whether this process prints what the Trainer's callbacks log."""
@@ -1794,12 +1861,12 @@ class MaskedLMTrainer(Trainer):
             samples = self.plan.num_samples(self.state.global_step) - self.plan.num_samples(step)
             logs["tokens_per_second"] = round(self.train_dataset.tokens_per_sample * samples / (now - start))
             self.timer = self.state.global_step, now
-            self.average_losses()
+            self.read_steps()
             logs["loss"] = self.losses.report()
         if "train_loss" in logs:  # The Trainer reports the loss of this process's steps, and the speed of all steps.
             start, steps = time.time() - logs["train_runtime"], self.state.global_step - self.plan.first_step
             logs |= speed_metrics("train", start, self.plan.num_samples(self.state.global_step), steps)
-            self.average_losses()
+            self.read_steps()
             logs["train_loss"] = self.losses.mean()
         elif self.args.disable_tqdm and self.args.should_log and self.state.max_steps:
             log_report(logs, self.state.global_step, self.state.max_steps, seconds_per_step)
@@ -1853,6 +1920,7 @@ class MaskedLMTrainer(Trainer):
             args.per_device_train_batch_size = batch_size // max(1, args.n_gpu)
         self._train_batch_size = args.train_batch_size  # The Trainer would use that of the checkpoint.
         self.plan, self.losses = resume_run(self.train_dataset, args, self.settings, resume_from_checkpoint)
+        self.unread = []
         # To the Trainer, the run is one epoch of this many steps, and `StepSampler` begins where the run is.
         max_steps, args.max_steps, args.ignore_data_skip = args.max_steps, self.plan.num_steps, True
         try:
@@ -1891,7 +1959,7 @@ class MaskedLMTrainer(Trainer):
         follow_umask(output_dir or self.args.output_dir)
 
     def _save_checkpoint(self, *args, **kwargs):
-        self.average_losses()
+        self.read_steps()
         run = run_state(self.plan, self.losses, self.settings, self.state.global_step)
         self.state.stateful_callbacks["run"] = run  # Part of `trainer_state.json`, which completes the checkpoint.
         replace_old_run(self.args)
@@ -1900,27 +1968,22 @@ class MaskedLMTrainer(Trainer):
             super()._save_checkpoint(*args, **kwargs)
         rotate_checkpoints(self.args, self.save_total_limit, self.state.global_step)
 
-    def end_step(self):
-        """Count the loss of a step; it is read later on TPUs, where reading waits for the step."""
-        self.step_losses.append(self.step_loss)
-        if not is_torch_xla_available():
-            self.read_losses()
+    def end_step(self, signal_received):
+        """Exchange loss and signal of a step with the other processes, and read those of the step before."""
+        signals = [self.step_loss.new_full((), signal_received == number) for number in STOP_SIGNALS]
+        sums = self.accelerator.reduce(torch.stack([self.step_loss, *signals]), "sum")  # NCCL only queues it.
+        self.unread.append((self.state.global_step, HostCopy(sums)))
+        self.read_steps(all_but=1)
         if self.plan.is_stream:
             self.train_dataset.block_at(self.plan.position(self.state.global_step).sample)  # Forgets the ones before.
 
-    def read_losses(self):
-        """Add the losses of the latest steps to their sums; waits for the device."""
-        first = self.state.global_step - len(self.step_losses) + 1
-        for step, loss in enumerate(self.step_losses, first):
-            self.losses.add(float(loss), step)
-        self.step_losses = []
-
-    def average_losses(self):
-        """Replace the sum of the losses since the last report by its mean over the processes."""
-        self.read_losses()
-        if self.args.world_size > 1:
-            total = torch.tensor([self.losses.since_report], device=self.args.device)
-            self.losses.since_report = self.accelerator.gather(total).mean().item()
+    def read_steps(self, all_but=0):
+        """Count the losses of the steps that are not read yet; waits for these steps."""
+        while len(self.unread) > all_but:
+            step, copy = self.unread.pop(0)
+            loss, *counts = copy.read()
+            self.losses.add(loss / self.args.world_size, step)
+            self.stop_signal = max(number * (count > 0) for number, count in zip(STOP_SIGNALS, counts))
 
 
 class RunCallback(TrainerCallback):
@@ -1972,10 +2035,12 @@ class RunCallback(TrainerCallback):
         self.trainer.timer = state.global_step, time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Count the loss, and save after a signal, before any evaluation."""
-        self.trainer.end_step()
+        """Save after a signal, before any evaluation. Several processes know of it one step later."""
+        self.trainer.end_step(self.signals.received)
         self.decide(args, state, control)
-        if self.received():
+        if control.should_log or control.should_evaluate or control.should_save:
+            self.trainer.read_steps()
+        if self.trainer.stop_signal if args.world_size > 1 else self.signals.received:
             control.should_save, control.should_evaluate, args.save_only_model = True, False, False
 
     def on_save(self, args, state, control, **kwargs):
@@ -2211,7 +2276,7 @@ class StopSignals:
         self.received, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
         self.process = os.getpid()
         in_main_thread = threading.current_thread() is threading.main_thread()  # No other may handle signals.
-        numbers = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+        numbers = STOP_SIGNALS if in_main_thread else ()
         self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
@@ -2370,7 +2435,9 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         seed=training_args.seed,
         pad_to_multiple_of=8 if training_args.fp16 else None,
         length=max_seq_length if data_args.pad_to_max_length else 0,
-        with_positions=not training_args.accelerator_config.dispatch_batches,  # Which would cut them like samples.
+        max_seq_length=max_seq_length,
+        few_shapes=training_args.torch_compile and data_args.line_by_line,
+        compact=not training_args.accelerator_config.dispatch_batches,  # It would cut positions like samples.
     )
     check_masks(tokenized.get("validation"), collator)
     with user_errors(f"{type(model).__name__} fails on a first batch"):

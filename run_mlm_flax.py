@@ -103,7 +103,7 @@ LINE_BY_LINE_DEFAULT = True  # The documented default of this script: each text 
 OPTIMIZER_FILES = ("optimizer.msgpack",)  # The optimizer state in a checkpoint.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay")
 MEETING_SECONDS = 300  # How long the processes wait for each other at the start; that of JAX.
-MAX_SHAPES = 6  # Lengths that batches are padded to: each one is a compilation.
+MAX_SHAPES = 6  # Lengths that batches are padded to when the step is compiled, once for each of them.
 # Arguments by the interval that their values must be in; round brackets exclude the end.
 INTERVALS = {
     "[1, 2147483647]": "train_batch_size eval_batch_size gradient_accumulation_steps max_seq_length max_train_samples "
@@ -139,6 +139,7 @@ CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
 RESULTS = "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md"
 MAX_CAUSE = 400  # Characters of a library's message that an error line shows.
 IGNORED_LABEL = -100
+STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
 EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
 ENDING = threading.Lock()  # Taken by the thread that ends the process.
@@ -1856,8 +1857,14 @@ def generate_batch_splits(samples_idx, batch_size, drop_last=True):
     return [samples_idx[i : i + batch_size] for i in range(0, stop, batch_size)]
 
 
+def padded_length(longest, max_seq_length):
+    """Return the length that a batch is padded to: one of at most `MAX_SHAPES`, because each one is compiled."""
+    multiple = 8 * math.ceil(max_seq_length / MAX_SHAPES / 8)
+    return min(max_seq_length, multiple * math.ceil(longest / multiple))
+
+
 def label_slots(labels, probability):
-    """Return a K that the labels [..., B, L] fit in, the same for almost every batch: each K is a compilation."""
+    """Return a K that the labels [..., B, L] fit in, the same for almost every batch: the step is compiled for each."""
     tokens = labels.shape[-2] * labels.shape[-1]
     expected = tokens * probability
     # Five standard deviations above the expected number, or a multiple of that if there are more labels.
@@ -2086,7 +2093,7 @@ class StopSignals:
         self.received, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
         self.process = os.getpid()
         in_main_thread = threading.current_thread() is threading.main_thread()  # No other may handle signals.
-        numbers = (signal.SIGTERM, signal.SIGINT) if in_main_thread else ()
+        numbers = STOP_SIGNALS if in_main_thread else ()
         self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
@@ -2466,8 +2473,7 @@ class Run:
             samples, longest = own_keys, max(len(sample["input_ids"]) for sample in keys)
         else:
             samples, longest = dataset.__getitems__(own_keys), dataset.lengths[[key.index for key in keys]].max()
-        multiple = 8 * math.ceil(self.max_seq_length / MAX_SHAPES / 8)
-        length = min(self.max_seq_length, multiple * math.ceil(longest / multiple))
+        length = padded_length(longest, self.max_seq_length)
         batch = self.collator(samples, length=self.max_seq_length if self.pad_to_max_length else length)
         batch = {name: a.reshape(accumulation, -1, rows, a.shape[-1]).swapaxes(0, 1) for name, a in batch.items()}
         if self.sparse_start:

@@ -154,6 +154,7 @@ def steps_of(script, arguments):
     """Return (labels, attention_mask) of the samples of each step of the run's own loop."""
     run = set_up(script, arguments)
     if script is run_mlm:
+        run.data_collator.compact = False
         return [(batch["labels"].numpy(), batch["attention_mask"].numpy()) for batch in run.get_train_dataloader()]
     run.sparse_start = None
     batches = [run.batch(run.tokenized["train"], keys, run.args.train_batch_size) for keys in run.plan.steps()]

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from conftest import ARCHITECTURES, flags, make_model, make_tokenizer, optional_module, sentences, set_up, write_lines
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -54,14 +54,17 @@ def build(script, folder, tmp_path, *more):
     )
 
 
-def pytorch_loss(trainer, batch, selection):
+def pytorch_loss(trainer, batch, selection, slots=16):
     """Return (loss, gradients, rows that the head computed)."""
-    trainer.sparse_start = selection
+    if trainer.head:
+        trainer.head.hook.remove()
+    trainer.head = selection and run_mlm.SparseHead(trainer.model, selection)
     trainer.model.zero_grad()
     rows = []
     head = trainer.model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, inputs, output: rows.append(output[..., 0].numel()))
-    inputs = {name: torch.from_numpy(array).long() for name, array in batch.items()}
+    selected = batch if slots is None else batch | run_mlm.select_labels(batch["labels"], slots)
+    inputs = {name: torch.from_numpy(array).long() for name, array in selected.items()}
     loss = trainer.compute_loss(trainer.model, inputs)
     loss.backward()
     handle.remove()
@@ -77,9 +80,9 @@ def test_pytorch_loss_and_gradients_are_those_of_the_dense_head(folder, batch, t
     found = trainer.sparse_start
     dense, dense_gradients, dense_rows = pytorch_loss(trainer, batch, None)
     assert dense_rows == [4 * LENGTH]
-    for selection in {"encoder", found}:
-        sparse, sparse_gradients, sparse_rows = pytorch_loss(trainer, batch, selection)
-        assert sparse_rows == [9]
+    for selection, slots in (("encoder", 9), (found, 9), (found, 16), (None, None)):
+        sparse, sparse_gradients, sparse_rows = pytorch_loss(trainer, batch, selection, slots)
+        assert sparse_rows == [slots or 4 * LENGTH]
         assert sparse.item() == pytest.approx(dense.item(), rel=1e-6)
         assert sparse.item() == pytest.approx(stock, rel=1e-6)
         assert sparse_gradients.keys() == dense_gradients.keys()
@@ -163,7 +166,7 @@ def test_no_labels_no_loss_and_no_nan(tmp_path, batch):
         trainer, {**batch, "labels": np.full_like(batch["labels"], -100)}, trainer.sparse_start
     )
     assert loss.item() == 0
-    assert rows == [0]
+    assert rows == [16]
     assert gradients and not any(gradient.any() for gradient in gradients.values())
 
 
@@ -200,12 +203,12 @@ LABELS = arrays.arrays(np.int32, st.sampled_from([(2, 8), (3, 2, 8), (2, 2, 1, 1
 )
 
 
-@pytest.mark.flax
-@settings(max_examples=60, deadline=None)
+@pytest.mark.shared
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LABELS, st.sampled_from([0.01, 0.15, 1.0]))
-def test_no_label_is_ever_dropped(labels, probability):
-    slots = run_mlm_flax.label_slots(labels, probability)
-    selected = run_mlm_flax.select_labels(labels, slots)
+def test_no_label_is_ever_dropped(script, labels, probability):
+    slots = script.label_slots(labels, probability)
+    selected = script.select_labels(labels, slots)
     *groups, rows, length = labels.shape
     assert selected["positions"].shape == selected["labels"].shape == (*groups, slots)
     assert slots <= rows * length
@@ -218,10 +221,10 @@ def test_no_label_is_ever_dropped(labels, probability):
     np.testing.assert_array_equal(restored.reshape(labels.shape), labels)
 
 
-@pytest.mark.flax
-def test_more_labels_than_expected_make_another_shape():
+@pytest.mark.shared
+def test_more_labels_than_expected_make_another_shape(script):
     # 2048 tokens at 15 %: 307 expected, standard deviation 16.2.
     generator = np.random.default_rng(0)
-    slots = {run_mlm_flax.label_slots(np.where(generator.random((16, 128)) < 0.15, 5, -100), 0.15) for _ in range(200)}
+    slots = {script.label_slots(np.where(generator.random((16, 128)) < 0.15, 5, -100), 0.15) for _ in range(200)}
     assert len(slots) == 1
-    assert run_mlm_flax.label_slots(np.full((16, 128), 5), 0.15) == 2048
+    assert script.label_slots(np.full((16, 128), 5), 0.15) == 2048

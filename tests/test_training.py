@@ -135,7 +135,7 @@ def train(tmp_path):
         def record(trainer, model, inputs):
             logits, labels = masked_logits(trainer, model, inputs)
             assert trainer.sparse_start is not None
-            counts.append(len(labels))
+            counts.append(int((labels >= 0).sum()))
             return logits, labels
 
         # The Trainer tells Accelerate through the environment what the arguments say, and leaves it there.
@@ -227,6 +227,20 @@ def test_torch_compile(train, compilations, model_type):
     assert counts == plain_counts and len(set(counts)) > 3
     assert_same(compiled, plain, rel=1e-4)
     assert graphs == [1] * STEPS  # The whole model is one graph, whatever the number of labels.
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_torch_compile_of_lines_of_any_length(train, compilations, tmp_path):
+    # Batches are padded to 8 or 16 tokens; each line has `length` tokens, two of them special.
+    lengths = [3, 8, 9, 16, 5, 12, 16, 15, 4]
+    lines = [" ".join(["baker"] * (length - 2)) for length in lengths]
+    text = {"train_file": write_lines(tmp_path / "lengths.txt", lines), "validation_split_percentage": 1}
+    settings = {"line_by_line": "true", "train_batch_size": 1, "max_steps": len(lines)}
+    _, counts = train("compiled", torch_compile_backend="aot_eager", **settings, **text)
+    assert len(counts) == len(lines)
+    assert compilations() == 2
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 @pytest.mark.parametrize("dropout_rate", [0.0, 0.1])
