@@ -219,6 +219,7 @@ def test_the_flags_reach_the_masks_of_training_and_evaluation(script, tmp_path):
     arguments += flags(mlm_probability=1, eval_mlm_probability=0.5, mask_replace_prob=0, random_replace_prob=1e-9)
     run = set_up(script, [*arguments, *flags(do_eval=True, line_by_line="true", max_seq_length=16)])
     if script is run_mlm:
+        run.data_collator.compact = False
         batches = [next(iter(loader)) for loader in (run.get_train_dataloader(), run.get_eval_dataloader())]
     else:
         run.sparse_start = None
