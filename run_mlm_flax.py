@@ -403,7 +403,10 @@ def check_args(model, data, training):
         (model.model_name_or_path or model.tokenizer_name, "a new model needs --tokenizer_name"),
         (not (model.model_name_or_path and model.config_overrides), "--config_overrides is for new models only"),
         (model.model_type in (None, *MODEL_TYPES), f"--model_type {model.model_type}: not one of {known_types}"),
-        (data.dataset_name or data.train_file or data.validation_file, "no data: give --train_file or --dataset_name"),
+        (
+            data.dataset_name or data.train_file or data.validation_file,
+            "no data: give --train_file, --validation_file or --dataset_name",
+        ),
         (data.dataset_name or data.train_file or not training.do_train, "--do_train needs --train_file"),
         (
             not (data.dataset_name and (data.train_file or data.validation_file)),
@@ -1950,6 +1953,8 @@ def find_checkpoint(model_args, data_args, training_args):
             cause = f"--output_dir {folder} continues from its newest checkpoint, {own[-1][1]}"
             raise UserError(f"--resume_from_checkpoint {named}: {cause}; omit this flag, or use another folder")
         start = state["global_step"], os.path.abspath(named)
+    if 0 < training_args.max_steps < start[0]:
+        raise UserError(f"{start[1]} is already past --max_steps {training_args.max_steps}")
     check_output_dir(training_args, own)
     note_old_run(start[1], own, model_args, data_args, training_args)
     return start
@@ -2118,6 +2123,8 @@ class StopSignals:
             self.received, self.time = number, time.monotonic()
             if not self.deferred:
                 raise SystemExit(128 + number)
+            name = signal.Signals(number).name  # Not logged: the signal may have interrupted the logger.
+            os.write(2, f"{name}: stopping after this step; a second Ctrl-C stops without a checkpoint.\n".encode())
 
     @contextlib.contextmanager
     def defer(self):

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -359,20 +360,28 @@ def test_ctrl_c_stops_the_program_and_the_same_command_resumes(script, model_fol
     command = [sys.executable, str(ROOT / f"{script.__name__}.py")]
     command += training_flags(model_folder, text_files, stopped, **settings)
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    options = {"stdout": subprocess.PIPE, "text": True, "start_new_session": True, "env": environment}
-    with subprocess.Popen(command, **options) as process:
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    with subprocess.Popen(command, start_new_session=True, **options) as process:
         for printed in process.stdout:
             if "grad_norm" in printed:
                 os.killpg(process.pid, signal.SIGINT)  # As the terminal does.
                 break
-        rest, _ = process.communicate(timeout=240)
+        rest, errors = process.communicate(timeout=240)
     assert process.returncode == 130
+    assert "SIGINT: stopping after this step; a second Ctrl-C stops without a checkpoint." in errors.splitlines()
     (checkpoint,) = stopped.glob("checkpoint-*")
     step = int(checkpoint.name[11:])
     assert f"Stopped by SIGINT; checkpoint-{step} is saved." in rest
     for output in (stopped, whole):
         script.main(training_flags(model_folder, text_files, output, **{**settings, "max_steps": step + 3}))
     assert weights(stopped) == weights(whole)
+
+
+def test_a_run_in_a_thread_that_gets_no_signals(script, model_folder, text_files, tmp_path):
+    """As in a notebook, or in the worker of a scheduler."""
+    arguments = training_flags(model_folder, text_files, tmp_path / "output", max_steps=2)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(script.main, arguments).result()["train_loss"] > 0
 
 
 @pytest.mark.flax
