@@ -3,6 +3,8 @@
 import importlib
 import itertools
 import math
+import random
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from conftest import (
     INSTALLED,
     RARE,
     ROOT,
+    WORDS,
     flags,
     make_byte_level_tokenizer,
     make_tokenizer,
@@ -19,11 +22,13 @@ from conftest import (
     slow_tokenizers,
     write_lines,
 )
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
 pytestmark = pytest.mark.shared
 LENGTH = 16
-KINDS = ("wordpiece", "byte_level", "unigram")
+# The last three take a text for one word, and mark spaces in their tokens, as Llama, Gemma and some T5 do.
+UNSPLIT = ("unsplit_bytes", "unsplit_metaspace", "normalizer")
+KINDS = ("wordpiece", "byte_level", "unigram", *UNSPLIT)
 
 
 @pytest.fixture
@@ -33,9 +38,19 @@ def make(tmp_path):
     def make_kind(kind):
         if kind == "wordpiece":
             return make_tokenizer(tmp_path)
-        if kind == "byte_level":
-            return make_byte_level_tokenizer(tmp_path)
-        return make_unigram(pre_tokenizers.Metaspace(), pre_tokenizers.Metaspace(), decoders.Metaspace())
+        if kind in ("byte_level", "unsplit_bytes"):
+            tokenizer = make_byte_level_tokenizer(tmp_path)
+            if kind == "unsplit_bytes":
+                used = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+                tokenizer.backend_tokenizer.pre_tokenizer = used
+            return tokenizer
+        used = {"unsplit_metaspace": pre_tokenizers.Metaspace(split=False), "normalizer": None}
+        used = used.get(kind, pre_tokenizers.Metaspace())
+        tokenizer = make_unigram(pre_tokenizers.Metaspace(), used, decoders.Metaspace())
+        if kind == "normalizer":
+            marks = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(marks)
+        return tokenizer
 
     return make_kind
 
@@ -131,6 +146,47 @@ def test_words_are_chosen_whole_and_hidden_token_by_token(script, make, tmp_path
             mixed += bool(chosen.any() and hidden.any() and not hidden.all())
         assert not (labels[special] >= 0).any()
     assert mixed > 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_are_those_of_the_tokenizers_own_call(script, make, kind):
+    """With each setting of a tokenizer that changes ids, for random texts, some of them longer than one call."""
+    rng, tokenizer = random.Random(kind), make(kind)
+    pieces = [
+        *WORDS,
+        *tokenizer.all_special_tokens,
+        "zigzags",
+        "  ",
+        "\n",
+        "\t",
+        "é",
+        "字",
+        "\U0001f600",
+        "12.5",
+        "-",
+        "'s",
+    ]
+    texts = ["".join(rng.choices(["", " "], k=2)[0] + piece for piece in rng.choices(pieces, k=n)) for n in range(60)]
+    texts += [" ".join(rng.choices(pieces, k=1500))]
+    with mock.patch.multiple(script, CALL_LENGTH=3_000, OVERLAP=1_000, SAME_TOKENS=20):
+        for side, split, whole in itertools.product(("left", "right"), (False, True), (False, True)):
+            tokenizer.truncation_side, tokenizer.split_special_tokens = side, split
+            for line_by_line in (True, False):
+                data_args = script.DataTrainingArguments(whole_word_mask=whole, line_by_line=line_by_line)
+                encode = script.make_encoder(tokenizer, data_args, LENGTH)
+                rows = [row for table in encode((text,) for text in texts) for row in table["input_ids"].to_pylist()]
+                limit = {"truncation": True, "max_length": LENGTH} if line_by_line else {"verbose": False}
+                own = [tokenizer(text, **limit)["input_ids"] for text in texts if text.strip() or not line_by_line]
+                tokens = [token for row in own for token in row]
+                joined = [tokens[i : i + LENGTH] for i in range(0, len(tokens) - LENGTH + 1, LENGTH)]
+                assert rows == (own if line_by_line else joined), (side, split, whole, line_by_line)
+
+
+def test_a_tokenizer_that_does_not_tell_words_is_an_error(script, make, tmp_path):
+    tokenizer = make("normalizer")
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(" "), "")
+    with pytest.raises(script.UserError, match="--whole_word_mask: this tokenizer does not tell where words begin"):
+        tokenize(script, tokenizer, write_lines(tmp_path / "t.txt", sentences(3)))
 
 
 @slow_tokenizers
