@@ -138,6 +138,7 @@ OFFSET_POSITIONS = (
     "xmod"
 ).split()
 MAX_SHAPES = 6  # Lengths that batches are padded to when the step is compiled, once for each of them.
+MAX_WORKERS = 4  # Processes that make batches for a GPU unless a flag says how many.
 LENGTH_WINDOW = 50  # Batches whose samples `--group_by_length` sorts together.
 STREAMED_VALIDATION = 1000  # Samples for validation from the beginning of a stream without validation data.
 CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
@@ -237,6 +238,9 @@ class TrainingArguments(transformers.TrainingArguments):
     report_to: Optional[list[str]] = HfArg(default=None, help="Where to log: all, tensorboard, wandb, none, ...")
     attn_implementation: Optional[str] = HfArg(default=None, help="Attention: sdpa, flash_attention_2, ...")
     hub_strategy: str = HfArg(default="end", help="When to upload: end, every_save, checkpoint, all_checkpoints.")
+    dataloader_num_workers: Optional[int] = HfArg(
+        default=None, help="Processes that make batches (default: up to 4 with an NVIDIA or AMD GPU, else none)."
+    )
     # Transformers 5 has dropped these: they are documented, shared with the Flax script, or given by `xla_spawn`.
     overwrite_output_dir: bool = HfArg(default=False, help="Overwrite the contents of output_dir.")
     group_by_length: bool = HfArg(default=False, help="Group samples of similar length into batches.")
@@ -248,6 +252,9 @@ class TrainingArguments(transformers.TrainingArguments):
         self.drop_last_step, self.dataloader_drop_last = self.dataloader_drop_last, False
         self.use_cpu |= not (torch.accelerator.is_available() or is_torch_xla_available())  # Allows --bf16 on a CPU.
         self.dataloader_pin_memory &= torch.accelerator.is_available()
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = 0 if self.use_cpu else default_workers()
+        self.ddp_broadcast_buffers = bool(self.ddp_broadcast_buffers)  # By default not: they are constants.
         self.remove_unused_columns = False  # The collator needs the epoch and index of a sample.
         self.logging_nan_inf_filter = False  # `training_step` raises an error instead.
         if self.disable_tqdm is None:
@@ -259,6 +266,7 @@ class TrainingArguments(transformers.TrainingArguments):
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir  # The Trainer would make one up.
+        self.accelerator_config.non_blocking |= self.dataloader_pin_memory  # Copies to the GPU do not wait for it.
         get_reporting_integration_callbacks(self.report_to)  # Raises for an unknown name.
         if self.torch_compile_mode:
             torch.compile(math.sqrt, mode=self.torch_compile_mode)  # Raises for an unknown mode.
@@ -309,6 +317,14 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def __getstate__(self):
         return {**vars(self), "hub_token": None, "push_to_hub_token": None}  # Pickled into training_args.bin.
+
+
+def default_workers():
+    """Return the number of processes that make batches for a GPU: a few, and fewer than this process has cores."""
+    if not torch.cuda.is_available():
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(MAX_WORKERS, max(0, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 class ArgumentParser(HfArgumentParser):
@@ -2447,6 +2463,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         compact=not training_args.accelerator_config.dispatch_batches,  # It would cut positions like samples.
     )
     check_masks(tokenized.get("validation"), collator)
+    log_devices(training_args)
     with user_errors(f"{type(model).__name__} fails on a first batch"):
         sparse_start = None if model_args.dense_head else find_sparse_start(model, collator, max_seq_length)
     with user_errors("the Trainer"):
@@ -2465,6 +2482,15 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
             # Transformers 5 would write the charts of an evaluation alone to the current folder.
             callback.logging_dir = callback.logging_dir or os.path.join(training_args.output_dir, "runs")
     return trainer
+
+
+def log_devices(args):
+    """Log how batches are made, and that one process should not use several GPUs."""
+    if args.dataloader_num_workers:
+        logger.info(f"{args.dataloader_num_workers} loader workers make the batches; see --dataloader_num_workers.")
+    if args.n_gpu > 1:
+        command = f"torchrun --nproc_per_node {args.n_gpu} {os.path.basename(sys.argv[0])} ..."
+        logger.warning(f"One process for {args.n_gpu} GPUs is slow and needs memory for all logits: use `{command}`.")
 
 
 def train(trainer, checkpoint, signals):
@@ -2503,15 +2529,24 @@ def evaluate(trainer):
     trainer.save_metrics("eval", metrics)
     if trainer.args.do_train:
         trainer.save_state()
-    model = trainer.accelerator.unwrap_model(trainer.model).eval()
+    show_predictions(trainer)
+    return metrics
+
+
+def show_predictions(trainer):
+    """Log the predictions for a few samples, in all processes: each may hold a part of the model."""
+    model = trainer.deepspeed or trainer.model  # What FSDP has wrapped is `trainer.model`.
 
     def predict(batch):
         batch = {name: torch.from_numpy(array).long().to(trainer.args.device) for name, array in batch.items()}
         with torch.no_grad():
-            return model(**model_inputs(model, batch)).logits.float().cpu()
+            return model(**model_inputs(trainer.model, batch)).logits.float().cpu()
 
-    log_predictions(trainer.eval_dataset, trainer.data_collator, predict)
-    return metrics
+    try:
+        with user_errors("the example predictions"):
+            log_predictions(trainer.eval_dataset, trainer.data_collator, predict)
+    except UserError as error:  # They are a decoration: the run is good without them.
+        logger.warning(str(error))
 
 
 def publish(trainer, model_args, data_args):

@@ -26,7 +26,7 @@ TRAINER_FLAGS = {
     "torch_compile": "Compile the model with `torch.compile`.",
     "optim": "Optimizer.",
     "warmup_ratio": "Warmup as a share of all steps.",
-    "dataloader_num_workers": "Processes that prepare batches.",
+    "dataloader_num_workers": "Processes that make batches (default: up to 4 with an NVIDIA or AMD GPU, else none).",
     "load_best_model_at_end": "Save the best checkpoint's model, not the last one.",
     "metric_for_best_model": "What is best: `loss`, `accuracy` or `perplexity` of the evaluation.",
     "report_to": "Where to log: `tensorboard`, `wandb`, `none`, … (default: all that are installed).",

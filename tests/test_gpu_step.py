@@ -1,10 +1,13 @@
 """What costs time on a GPU, counted on the CPU: waits for the device, graphs, collectives."""
 
+import os
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
-from conftest import flags, make_model, sentences, write_lines
+import transformers
+from conftest import flags, history, make_model, sentences, training_flags, weights, write_lines
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import run_mlm
@@ -74,3 +77,42 @@ def test_no_step_waits_between_two_reports(tmp_path, waits, line_by_line, limit,
     between = waits.steps[1:5] + waits.steps[6:10] + waits.steps[11:]
     assert between == [limit * accumulation] * 9
     assert len(waits.batches) > 4 and max(waits.batches) <= limit
+
+
+# Both scripts share this process: JAX and Python warn of a fork beside its threads, which the workers do not use.
+@pytest.mark.filterwarnings("ignore:.*fork\\(\\):RuntimeWarning", "ignore:.*fork\\(\\):DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes:UserWarning")  # On two cores.
+def test_any_number_of_loader_workers_makes_the_same_run(model_folder, text_files, tmp_path):
+    found = []
+    for workers in (0, 1, 3):
+        output = tmp_path / str(workers)
+        for steps in (5, 8):  # The second run resumes in the middle of the first epoch.
+            settings = {"max_steps": steps, "line_by_line": "true", "dataloader_num_workers": workers}
+            run_mlm.main(training_flags(model_folder, text_files, output, **settings))
+        found.append((weights(output), history(output)))
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [(1, 1, 0), (3, 1, 2), (16, 1, 4), (16, 8, 1)])
+def test_a_few_workers_make_the_batches_of_a_gpu(cores, processes, workers):
+    with (
+        mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=str(processes)),
+        mock.patch.object(os, "sched_getaffinity", lambda pid: range(cores)),
+    ):
+        assert run_mlm.default_workers() == 0  # Without a GPU.
+        with mock.patch.object(torch.cuda, "is_available", lambda: True):
+            assert run_mlm.default_workers() == workers
+
+
+def test_one_process_for_several_gpus_is_told_what_to_run(caplog):
+    run_mlm.log_devices(SimpleNamespace(n_gpu=4, dataloader_num_workers=3))
+    assert "3 loader workers" in caplog.messages[0]
+    assert "torchrun --nproc_per_node 4 " in caplog.messages[1]
+
+
+def test_example_predictions_that_fail_do_not_end_a_run(model_folder, text_files, tmp_path, caplog):
+    arguments = training_flags(model_folder, text_files, tmp_path / "output", max_steps=1)
+    with mock.patch.object(transformers.PreTrainedTokenizerBase, "decode", side_effect=RuntimeError("no words")):
+        metrics = run_mlm.main(arguments)
+    assert "the example predictions: no words" in caplog.text
+    assert metrics["eval_loss"] > 0

@@ -101,6 +101,28 @@ except SystemExit as stop:
         file.write(str(stop.code))
     raise
 """
+# Counts the operations of several processes in the steps 3 to 5, of which none reports.
+COUNTING = """
+import collections, json, os, torch, run_mlm
+
+profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+end = run_mlm.RunCallback.on_step_end
+
+
+def counted(self, args, state, control, **kwargs):
+    end(self, args, state, control, **kwargs)
+    if state.global_step == 2:
+        profile.start()
+    if state.global_step == 5:
+        profile.stop()
+        names = [event.name for event in profile.events() if event.name.startswith("c10d::")]
+        with open(f"counts-{os.environ['RANK']}", "w") as file:
+            json.dump(collections.Counter(names), file)
+
+
+run_mlm.RunCallback.on_step_end = counted
+run_mlm.main()
+"""
 # What `xla_spawn` does with its arguments, and a `torch_xla` whose devices are processes on the CPU.
 XLA_SPAWN = """
 import argparse, importlib, sys
@@ -217,6 +239,15 @@ def test_batches_that_one_process_hands_out(work, alone):
     done = launch(work, [*TORCHRUN, str(ROOT / "run_mlm.py"), *line])
     assert done.returncode == 0, done.stderr
     assert losses(work / "output") == alone
+
+
+def test_a_step_of_two_processes_exchanges_gradients_counts_and_signals(work):
+    (work / "counting.py").write_text(COUNTING)
+    done = launch(work, [*TORCHRUN, "counting.py", *arguments("output", 4, logging_steps=100, save_strategy="no")])
+    assert done.returncode == 0, done.stderr
+    # Per step: the number of masked tokens; the gradients, which parameters have one, and loss with signals.
+    expected = {"c10d::allgather_": 3 * 1, "c10d::allreduce_": 3 * 3}
+    assert [read_json(work, f"counts-{rank}") for rank in (0, 1)] == [expected] * 2
 
 
 @pytest.mark.long
