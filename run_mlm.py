@@ -72,7 +72,6 @@ from transformers import (
     MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForMaskedLM,
-    AutoModelForPreTraining,
     AutoTokenizer,
     DataCollatorForLanguageModeling,
     PreTrainedTokenizerBase,
@@ -87,11 +86,12 @@ from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import check_min_version, is_torch_xla_available
 
-check_min_version("4.57.6")
+check_min_version("5.23.0")
 
 logger = logging.getLogger(__name__)
 
 MODEL_TYPES = tuple(sorted(config.model_type for config in MODEL_FOR_MASKED_LM_MAPPING))
+OTHER_MODELS = ""
 LINE_BY_LINE_DEFAULT = False  # The documented default of this script: texts are joined and cut into full rows.
 # The optimizer state in a checkpoint, one of these: plain, FSDP (two), DeepSpeed, FSDP on a TPU.
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*", "rank*-optimizer.pt")
@@ -421,7 +421,7 @@ def parse_args(argv=None):
 def check_args(model, data, training):
     """Raise `UserError` for settings that contradict each other, before anything is loaded."""
     references = data.train_ref_file or data.validation_ref_file
-    new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES)
+    new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES) + OTHER_MODELS
     replaced = data.mask_replace_prob + data.random_replace_prob
     final_share = data.final_mlm_probability or data.mlm_probability
     requirements = [
@@ -1646,8 +1646,11 @@ def load_config(model_args, tokenizer):
             config = CONFIG_MAPPING[model_args.model_type]()
         if model_args.config_overrides:
             config.update_from_string(model_args.config_overrides)
+            if len(getattr(config, "layer_types", None) or ()) not in (0, config.num_hidden_layers):
+                config = type(config)(**{**config.to_dict(), "layer_types": None})  # They follow from other settings.
     if config.model_type not in MODEL_TYPES:
-        raise UserError(f"{name}: {config.model_type} has no masked-LM model here; known: {', '.join(MODEL_TYPES)}")
+        known = f"{', '.join(MODEL_TYPES)}{OTHER_MODELS}"
+        raise UserError(f"{name}: {config.model_type} has no masked-LM model here; known: {known}")
     if model_args.model_type not in (None, config.model_type):
         raise UserError(f"--model_type {model_args.model_type}: {name} is of type {config.model_type}")
     if model_args.dropout_rate is not None:
@@ -1662,6 +1665,24 @@ def load_config(model_args, tokenizer):
             if getattr(tokenizer, key) is not None:
                 setattr(text_config, key, getattr(tokenizer, key))
     return config
+
+
+def read_tensorflow_weights(path):
+    """Return {PyTorch name: array} of an original TensorFlow checkpoint of BERT, without its optimizer state."""
+    try:
+        from tensorflow import train
+    except ImportError:
+        raise InputError("TensorFlow, which reads .ckpt files, is missing (pip install tensorflow-cpu)") from None
+    kinds = {"kernel": "weight", "gamma": "weight", "beta": "bias", "output_weights": "weight", "output_bias": "bias"}
+    reader, weights = train.load_checkpoint(path), {}
+    for name in reader.get_variable_to_shape_map():
+        *modules, kind = re.sub(r"layer_(\d+)", r"layer/\1", name).split("/")
+        if not modules or kind in ("adam_m", "adam_v"):
+            continue
+        value = reader.get_tensor(name)
+        kind = f"{kind}.weight" if kind.endswith("_embeddings") else kinds.get(kind, kind)
+        weights[".".join([*modules, kind])] = value.T if name.endswith("/kernel") else value
+    return weights
 
 
 def load_model(model_args, config, tokenizer, training_args, new_tokens=None):
@@ -1683,13 +1704,12 @@ def load_model(model_args, config, tokenizer, training_args, new_tokens=None):
 
 
 def load_tensorflow_model(path, config):
-    """Return the model of an original TensorFlow checkpoint (BERT; `from_tf` fails in Transformers 4.57)."""
-    source = AutoModelForPreTraining.from_config(config)  # Has a place for the pooler and the second head of the file.
-    if not getattr(type(source), "load_tf_weights", None):
-        raise InputError(f"Transformers {transformers.__version__} reads no TensorFlow checkpoint of this architecture")
-    type(source).load_tf_weights(source, config, path)
+    """Return the model of an original TensorFlow checkpoint; raises `InputError` for one that is not of a BERT."""
+    weights = {name: torch.from_numpy(value) for name, value in read_tensorflow_weights(path).items()}
     model = AutoModelForMaskedLM.from_config(config)
-    model.load_state_dict(source.state_dict(), strict=False)
+    missing = [name for name in model.load_state_dict(weights, strict=False).missing_keys if ".decoder." not in name]
+    if missing:
+        raise InputError(f"these weights are missing: {', '.join(missing)}")
     return model
 
 

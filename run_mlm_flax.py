@@ -6,7 +6,7 @@ Fine-tune a BERT-like model, or train one from scratch:
     python run_mlm_flax.py --model_name_or_path bert-base-cased --train_file my.txt --do_train --do_eval --output_dir o
     python run_mlm_flax.py configs/quickstart.json --learning_rate 1e-3
 
-`run_mlm.py` is the same program on PyTorch: the same flags, masks, batches and result files. PyTorch is not used here.
+`run_mlm.py` is the same program on PyTorch: the same flags, masks, batches and result files. PyTorch is not needed.
 What has the same name in both scripts has the same source.
 
 Where to change what: the masking rule in `mask_tokens`, which sees token ids, not text; which ids are never masked in
@@ -47,9 +47,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
-if __name__ == "__main__":  # As a program, do not import a framework that is installed but not used.
-    os.environ.setdefault("USE_TORCH", "0")
-
 import datasets
 import filelock
 import fsspec
@@ -66,26 +63,26 @@ from datasets.iterable_dataset import ArrowExamplesIterable
 from flax import jax_utils, serialization
 from flax import linen as nn
 from flax.training import train_state
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import EvalResult, HfApi, ModelCardData
 from jax import lax
 from jax._src import distributed  # There is no public way to the coordination service, which Orbax uses too.
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
+from safetensors.flax import load_file
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import (
     CONFIG_MAPPING,
-    FLAX_MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoTokenizer,
-    FlaxAutoModelForMaskedLM,
     PreTrainedTokenizerBase,
 )
 from transformers.hf_argparser import HfArg, HfArgumentParser
 from transformers.trainer_utils import speed_metrics
-from transformers.utils import check_min_version
+from transformers.utils import cached_file, check_min_version
+from transformers.utils.hub import get_checkpoint_shard_files
 
 try:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -94,11 +91,65 @@ try:
 except ImportError:
     EventFileWriter = None
 
-check_min_version("4.57.6")
+check_min_version("5.23.0")
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPES = tuple(sorted(config.model_type for config in FLAX_MODEL_FOR_MASKED_LM_MAPPING))
+# For each family of models, the names that the PyTorch model and its configuration give to the parts: "part=name".
+BERT = (
+    "base=bert words=embeddings.word_embeddings positions=embeddings.position_embeddings "
+    "types=embeddings.token_type_embeddings embedding_norm=embeddings.LayerNorm layer=encoder.layer.{} "
+    "query=attention.self.query key=attention.self.key value=attention.self.value attended=attention.output.dense "
+    "attention_norm=attention.output.LayerNorm up=intermediate.dense down=output.dense norm=output.LayerNorm "
+    "transform=cls.predictions.transform.dense transform_norm=cls.predictions.transform.LayerNorm "
+    "decoder=cls.predictions.decoder bias=cls.predictions.bias activation=hidden_act inner_size=intermediate_size "
+    "dropout=hidden_dropout_prob attention_dropout=attention_probs_dropout_prob "
+)
+ROBERTA = (
+    "base=roberta transform=lm_head.dense transform_norm=lm_head.layer_norm decoder=lm_head.decoder bias=lm_head.bias"
+)
+FAMILIES = {
+    "bert": BERT,
+    "roberta": BERT + ROBERTA,
+    "xlm-roberta": BERT + ROBERTA,
+    "camembert": BERT + ROBERTA,
+    "electra": BERT + "base=electra projection=embeddings_project transform=generator_predictions.dense "
+    "transform_norm=generator_predictions.LayerNorm decoder=generator_lm_head bias=generator_lm_head.bias",
+    "distilbert": BERT + "base=distilbert types= layer=transformer.layer.{} query=attention.q_lin key=attention.k_lin "
+    "value=attention.v_lin attended=attention.out_lin attention_norm=sa_layer_norm up=ffn.lin1 down=ffn.lin2 "
+    "norm=output_layer_norm transform=vocab_transform transform_norm=vocab_layer_norm decoder=vocab_projector "
+    "bias=vocab_projector.bias activation=activation inner_size=hidden_dim dropout=dropout "
+    "attention_dropout=attention_dropout",
+    "albert": BERT + "base=albert projection=encoder.embedding_hidden_mapping_in "
+    "layer=encoder.albert_layer_groups.{}.albert_layers.{} query=attention.query key=attention.key "
+    "value=attention.value attended=attention.dense attention_norm=attention.LayerNorm up=ffn down=ffn_output "
+    "norm=full_layer_layer_norm transform=predictions.dense transform_norm=predictions.LayerNorm "
+    "decoder=predictions.decoder bias=predictions.bias",
+    "modernbert": "base=model words=embeddings.tok_embeddings decoder=decoder bias=decoder.bias "
+    "activation=hidden_activation",
+}
+FAMILIES = {family: dict(pair.split("=") for pair in names.split()) for family, names in FAMILIES.items()}
+MODEL_TYPES = tuple(sorted(FAMILIES))
+OTHER_MODELS = "; run_mlm.py has more"
+# Activations by the names that configurations have for them.
+ACTIVATIONS = {
+    **dict.fromkeys(("gelu", "gelu_python"), functools.partial(jax.nn.gelu, approximate=False)),
+    "gelu_10": lambda x: jnp.clip(jax.nn.gelu(x, approximate=False), -10, 10),
+    "laplace": lambda x: 0.5 * (1 + jax.scipy.special.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
+    "linear": lambda x: x,
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
+    "sqrtsoftplus": lambda x: jnp.sqrt(jax.nn.softplus(x)),
+    "swish": jax.nn.silu,
+    "hardswish": jax.nn.hard_swish,
+    **{name: getattr(jax.nn, name) for name in ("leaky_relu", "mish", "relu", "relu6", "sigmoid", "silu", "tanh")},
+    **dict.fromkeys(("gelu_accurate", "gelu_fast", "gelu_new", "gelu_python_tanh", "gelu_pytorch_tanh"), jax.nn.gelu),
+}
+# Files of weights, in the order in which they are looked for.
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack")
+LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}  # Parameters in Flax and in PyTorch.
+SORTED_BLOCK = 64  # Token gradients that are added up in one piece; see `look_up`.
 LINE_BY_LINE_DEFAULT = True  # The documented default of this script: each text is a sample.
 OPTIMIZER_FILES = ("optimizer.msgpack",)  # The optimizer state in a checkpoint.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay")
@@ -260,6 +311,7 @@ class TrainingArguments:
     seed: int = HfArg(default=42, help="Seed of new weights, dropout, order and masks.")
     disable_tqdm: Optional[bool] = HfArg(default=None, help="No progress bars (default: if stderr is no terminal).")
     bf16: bool = HfArg(default=False, help="Compute in bfloat16; the weights stay float32.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Compute layers again in the backward pass, for memory.")
     push_to_hub: bool = HfArg(default=False, help="Upload the model, its card and results to the hub after training.")
     hub_model_id: Optional[str] = HfArg(default=None, help="Hub repository (default: the name of output_dir).")
     hub_token: Optional[str] = HfArg(default=None, repr=False, help="Hub token for the upload (default: HF_TOKEN).")
@@ -394,7 +446,7 @@ def parse_args(argv=None):
 def check_args(model, data, training):
     """Raise `UserError` for settings that contradict each other, before anything is loaded."""
     references = data.train_ref_file or data.validation_ref_file
-    new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES)
+    new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES) + OTHER_MODELS
     replaced = data.mask_replace_prob + data.random_replace_prob
     final_share = data.final_mlm_probability or data.mlm_probability
     requirements = [
@@ -1510,14 +1562,6 @@ def add_new_tokens(tokenizer, path):
     return {new_id: ids for new_id, ids in found.items() if new_id > last_id}
 
 
-def set_new_rows(values, size, new_tokens):
-    """Set the rows of new tokens, in the axis of length `size`, to the mean of the rows of their pieces."""
-    if new_tokens and size in values.shape:
-        rows = values.swapaxes(0, values.shape.index(size))
-        for new_id, pieces in new_tokens.items():
-            rows[new_id] = rows[pieces].mean(0)
-
-
 def log_new_tokens(new_tokens, dataset):
     """Log how many tokens fewer the training text has for the new tokens in it."""
     if new_tokens and isinstance(dataset, TokenizedDataset):
@@ -1537,8 +1581,11 @@ def load_config(model_args, tokenizer):
             config = CONFIG_MAPPING[model_args.model_type]()
         if model_args.config_overrides:
             config.update_from_string(model_args.config_overrides)
+            if len(getattr(config, "layer_types", None) or ()) not in (0, config.num_hidden_layers):
+                config = type(config)(**{**config.to_dict(), "layer_types": None})  # They follow from other settings.
     if config.model_type not in MODEL_TYPES:
-        raise UserError(f"{name}: {config.model_type} has no masked-LM model here; known: {', '.join(MODEL_TYPES)}")
+        known = f"{', '.join(MODEL_TYPES)}{OTHER_MODELS}"
+        raise UserError(f"{name}: {config.model_type} has no masked-LM model here; known: {known}")
     if model_args.model_type not in (None, config.model_type):
         raise UserError(f"--model_type {model_args.model_type}: {name} is of type {config.model_type}")
     if model_args.dropout_rate is not None:
@@ -1555,55 +1602,492 @@ def load_config(model_args, tokenizer):
     return config
 
 
-def load_model(model_args, config, tokenizer, training_args, new_tokens=None, checkpoint=None):
-    """Return the masked-LM model: that of a checkpoint, pretrained, or with random weights; it fits the tokenizer."""
-    name = checkpoint or model_args.model_name_or_path
-    options = {"dtype": jnp.bfloat16 if training_args.bf16 else jnp.float32, "seed": training_args.seed}
-    if checkpoint:
-        config.vocab_size = len(tokenizer)  # The model was resized before it was saved.
-    with user_errors(f"the model {name or config.model_type}"):
-        if name and ".ckpt" in name:
-            raise UserError(f"--model_name_or_path {name}: TensorFlow checkpoints are read by run_mlm.py only")
-        if name:
-            model = FlaxAutoModelForMaskedLM.from_pretrained(name, config=config, **options, **model_args.model_options)
-            model = resize_vocabulary(model, len(tokenizer))
+def check_config(config):
+    """Raise `InputError` for a setting that would change the function of the model and that has no code here."""
+    wanted = {"is_decoder": (False,), "position_embedding_type": ("absolute", None), "quantization_config": (None,)}
+    wanted |= {"sinusoidal_pos_embds": (False,), "pruned_heads": (None, {})}
+    settings = [(name, getattr(config, name, values[0]) in values) for name, values in wanted.items()]
+    names = [FAMILIES[config.model_type]["activation"], "classifier_activation"]
+    settings += [(name, getattr(config, name, "gelu") in ACTIVATIONS) for name in names]
+    heads = config.num_attention_heads
+    settings.append(("num_attention_heads", heads > 0 and config.hidden_size % heads == 0))
+    settings.append(("num_hidden_layers", config.num_hidden_layers > 0))
+    if hasattr(config, "num_hidden_groups"):
+        settings.append(("num_hidden_groups", 0 < config.num_hidden_groups <= config.num_hidden_layers))
+    if FAMILIES[config.model_type]["base"] == "roberta":  # Its positions are counted from there.
+        settings.append(("pad_token_id", config.pad_token_id is not None))
+    if config.model_type == "modernbert":
+        ropes = [config.rope_parameters[kind] for kind in set(config.layer_types)]
+        settings.append(("rope_parameters", all(rope["rope_type"] == "default" for rope in ropes)))
+    for name, holds in settings:
+        if not holds:
+            raise InputError(f"{name} {getattr(config, name)} is not supported for {config.model_type} here")
+
+
+class Part(nn.Module):
+    """A part of a model: what it is made of has the names that it has in the PyTorch model.
+
+    Parameters are float32; the computation has the type `dtype`. Dropout is on if there is a key named "dropout".
+    """
+
+    config: Any
+    dtype: Any = jnp.float32
+    attention: Optional[str] = None  # The implementation of attention without dropout.
+
+    def setting(self, part):
+        """Return the setting to which the family gives the name of this part."""
+        return getattr(self.config, FAMILIES[self.config.model_type][part])
+
+    def initializer(self, scale=1.0):
+        """Return the distribution of new weights, whose standard deviation is multiplied by `scale`."""
+        return nn.initializers.normal((self.config.initializer_range or 0.02) * scale)
+
+    def dense(self, size, name, bias=True, scale=1.0):
+        """Return a linear layer to [..., size]."""
+        return nn.Dense(size, use_bias=bias, dtype=self.dtype, kernel_init=self.initializer(scale), name=name)
+
+    def norm(self, name):
+        """Return a layer norm."""
+        return nn.LayerNorm(epsilon=getattr(self.config, "layer_norm_eps", 1e-12), dtype=self.dtype, name=name)
+
+    def table(self, count, size, name, padding_id=None):
+        """Return an embedding table, float32 [count, size]; a new one has zeros in the row of `padding_id`."""
+        return Table(self.initializer(), count, size, padding_id, name=name)()
+
+    def drop(self, inputs, rate):
+        """Apply dropout."""
+        return fast_dropout(inputs, rate, self.make_rng("dropout")) if rate and self.has_rng("dropout") else inputs
+
+    def attend(self, query, key, value, mask, rate):
+        """Return the attended values [B, L, H] of [B, L, heads, D]; `mask: bool [B, 1, 1 or L, L]` is true for keys."""
+        length, width = query.shape[1], query.shape[-1]
+        if rate and self.has_rng("dropout"):
+            scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(width).astype(query.dtype)
+            scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+            probabilities = jax.nn.softmax(scores.astype(jnp.float32)).astype(scores.dtype)
+            attended = jnp.einsum("bhqk,bkhd->bqhd", self.drop(probabilities, rate), value)
         else:
-            model = FlaxAutoModelForMaskedLM.from_config(config, **options)
+            fused = self.attention if length % 2 == 0 and width % 8 == 0 else None
+            mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, length)) if fused else mask
+            attended = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=fused)
+        return attended.reshape(*attended.shape[:2], -1)
+
+
+class Table(nn.Module):
+    """The parameters of an embedding: float32 [count, size]."""
+
+    initializer: Any
+    count: int
+    size: int
+    padding_id: Optional[int]
+
+    @nn.compact
+    def __call__(self):
+        def init(*args):
+            values = self.initializer(*args)
+            return values if self.padding_id is None else values.at[self.padding_id].set(0)
+
+        return self.param("embedding", init, (self.count, self.size))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def look_up(table, ids, padding_id=None):
+    """Return the rows [..., H] of `table: [V, H]` for `ids: int [...]`; that of `padding_id` gets no gradient here.
+
+    The gradient of a plain look-up adds each token's into its row, and thousands of additions to one row (the mask
+    token's, the most frequent words') wait for each other on a GPU. Here tokens are sorted, equal ones in a block are
+    added up by a product of matrices, and each block adds once to each of its rows.
+    """
+    return table[ids]
+
+
+def look_up_backward(padding_id, saved, gradient):
+    """Return the gradient of `look_up` for its table, and None for its ids."""
+    (table, ids), size = saved, len(saved[0])
+    ids = ids.ravel()
+    ids = ids if padding_id is None else jnp.where(ids == padding_id, size, ids)  # What is added to row V is dropped.
+    order, filling = jnp.argsort(ids), -len(ids) % SORTED_BLOCK
+    rows = jnp.pad(gradient.reshape(-1, table.shape[1])[order], ((0, filling), (0, 0)))
+    blocks = jnp.pad(ids[order], (0, filling), constant_values=size).reshape(-1, SORTED_BLOCK)
+    equal = blocks[:, :, None] == blocks[:, None, :]
+    rows = rows.reshape(*blocks.shape, -1)
+    sums = jnp.einsum("nij,njh->nih", equal.astype(rows.dtype), rows, precision=lax.Precision.HIGHEST)
+    is_first = equal.argmax(-1) == jnp.arange(SORTED_BLOCK)
+    places = jnp.where(is_first, blocks, size).ravel()
+    return jnp.zeros_like(table).at[places].add(sums.reshape(len(places), -1), mode="drop"), None
+
+
+look_up.defvjp(lambda table, ids, padding_id: (table[ids], (table, ids)), look_up_backward)
+
+
+def fast_dropout(inputs, rate, key):
+    """Return what `nn.Dropout` returns; each bit is a hash ("lowbias32") of its position and the key, never stored."""
+    words = lax.iota(jnp.uint32, inputs.size).reshape(inputs.shape)
+    for word in jax.random.bits(key, (2,), jnp.uint32):
+        words = words + word
+        words = (words ^ (words >> 16)) * np.uint32(0x7FEB352D)
+        words = (words ^ (words >> 15)) * np.uint32(0x846CA68B)
+        words = words ^ (words >> 16)
+    keep = 1.0 - rate
+    return jnp.where(words < np.uint32(min(round(keep * 2**32), 2**32 - 1)), inputs / keep, 0)
+
+
+class BertLayer(Part):
+    """Attention and feed-forward, each followed by dropout, residual and norm (BERT, Devlin et al. 2019)."""
+
+    @nn.compact
+    def __call__(self, hidden, mask, positions):
+        """Return [B, L, H], or [K, H] at `positions: int [K]` in B * L, for `hidden: [B, L, H]`."""
+        config, names = self.config, FAMILIES[self.config.model_type]
+        heads = (*hidden.shape[:2], config.num_attention_heads, -1)
+        query, key, value = (
+            self.dense(config.hidden_size, names[part])(hidden).reshape(heads) for part in ("query", "key", "value")
+        )
+        attended = self.attend(query, key, value, mask, self.setting("attention_dropout"))
+        if positions is not None:
+            attended, hidden = select(attended, positions), select(hidden, positions)
+        attended = self.dense(config.hidden_size, names["attended"])(attended)
+        if config.model_type != "distilbert":  # Which has no dropout here.
+            attended = self.drop(attended, self.setting("dropout"))
+        hidden = self.norm(names["attention_norm"])(hidden + attended)
+        inner = self.dense(self.setting("inner_size"), names["up"])(hidden)
+        inner = self.dense(config.hidden_size, names["down"])(ACTIVATIONS[self.setting("activation")](inner))
+        if config.model_type != "albert":  # Which has no dropout here.
+            inner = self.drop(inner, self.setting("dropout"))
+        return self.norm(names["norm"])(hidden + inner)
+
+
+def select(hidden, positions):
+    """Return [K, H] of `hidden: [B, L, H]` at `positions: int [K]` in B * L."""
+    return hidden.reshape(-1, hidden.shape[-1])[positions]
+
+
+class MaskedLM(Part):
+    """What the models have in common: embeddings of words, a head whose decoder is tied to them or not."""
+
+    gradient_checkpointing: bool = False
+
+    def layer(self, kind, name, **settings):
+        """Return a layer of the encoder, which keeps its inputs alone for the backward pass if that is asked for."""
+        kind = nn.remat(kind) if self.gradient_checkpointing else kind
+        return kind(self.config, self.dtype, self.attention, name=name, **settings)
+
+    def words(self, input_ids, width):
+        """Return (table float32 [V, width], embeddings float32 [B, L, width])."""
+        config, names = self.config, FAMILIES[self.config.model_type]
+        table = self.table(config.vocab_size, width, f"{names['base']}.{names['words']}", config.pad_token_id)
+        return table, look_up(table, input_ids, config.pad_token_id)
+
+    def decode(self, hidden, table, bias=True, scale=1.0):
+        """Return the logits [..., V] of the head's hidden states."""
+        config, names = self.config, FAMILIES[self.config.model_type]
+        if not config.tie_word_embeddings:
+            return self.dense(config.vocab_size, names["decoder"], bias, scale)(hidden)
+        logits = hidden @ table.astype(self.dtype).T
+        if not bias:
+            return logits
+        return logits + self.param(names["bias"], nn.initializers.zeros, (config.vocab_size,)).astype(self.dtype)
+
+
+class FlaxBertForMaskedLM(MaskedLM):
+    """BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), XLM-R, CamemBERT, DistilBERT, ELECTRA's generator, ALBERT.
+
+    Returns logits of the type `dtype`: [B, L, V], or [K, V] at `positions: int [K]` in B * L, for `input_ids` and
+    `attention_mask`, both int [B, L]. Behind the last attention it computes these positions alone.
+    """
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask, positions=None):
+        config, names = self.config, FAMILIES[self.config.model_type]
+        base, width = names["base"], getattr(config, "embedding_size", config.hidden_size)
+        table, hidden = self.words(input_ids, width)
+        hidden = hidden + self.place(input_ids, width)
+        if names["types"]:  # All tokens are of type 0.
+            hidden = hidden + self.table(config.type_vocab_size, width, f"{base}.{names['types']}")[0]
+        hidden = self.norm(f"{base}.{names['embedding_norm']}")(hidden)
+        hidden = self.drop(hidden, self.setting("dropout"))
+        if config.model_type == "albert" or width != config.hidden_size:
+            hidden = self.dense(config.hidden_size, f"{base}.{names['projection']}")(hidden)
+        mask, layers = (attention_mask > 0)[:, None, None, :], self.layers()
+        for layer in layers[:-1]:
+            hidden = layer(hidden, mask, None)
+        hidden = layers[-1](hidden, mask, positions)
+        activation = "gelu" if base in ("roberta", "electra") else self.setting("activation")
+        hidden = ACTIVATIONS[activation](self.dense(width, names["transform"])(hidden))
+        return self.decode(self.norm(names["transform_norm"])(hidden), table)
+
+    def place(self, input_ids, width):
+        """Return the embeddings of the positions: [L, width], or [B, L, width] where padding does not count."""
+        config, names = self.config, FAMILIES[self.config.model_type]
+        counted, name = names["base"] == "roberta", f"{names['base']}.{names['positions']}"
+        padding_id = config.pad_token_id if counted else None
+        table = self.table(config.max_position_embeddings, width, name, padding_id)
+        if not counted:
+            return table[: input_ids.shape[1]]
+        real = input_ids != padding_id
+        return look_up(table, jnp.cumsum(real, axis=1) * real + padding_id, padding_id)
+
+    def layers(self):
+        """Return the layers in the order of their use; those of ALBERT are used again and again."""
+        config, names = self.config, FAMILIES[self.config.model_type]
+        count, base = config.num_hidden_layers, names["base"]
+        if config.model_type != "albert":
+            return [self.layer(BertLayer, f"{base}.{names['layer'].format(i)}") for i in range(count)]
+        groups = [
+            [self.layer(BertLayer, f"{base}.{names['layer'].format(i, j)}") for j in range(config.inner_group_num)]
+            for i in range(config.num_hidden_groups)
+        ]
+        return [layer for i in range(count) for layer in groups[int(i / (count / len(groups)))]]
+
+
+class ModernPart:
+    """The norms and new weights of ModernBERT."""
+
+    def norm(self, name):
+        """Return a layer norm."""
+        config = self.config
+        return nn.LayerNorm(epsilon=config.norm_eps, use_bias=config.norm_bias, dtype=self.dtype, name=name)
+
+    def initializer(self, scale=1.0):
+        """Return the distribution of new weights: normal, cut off at some standard deviations."""
+        cutoff = 3.0 if self.config.initializer_cutoff_factor is None else self.config.initializer_cutoff_factor
+        return nn.initializers.truncated_normal(self.config.initializer_range * scale, lower=-cutoff, upper=cutoff)
+
+    @property
+    def output_scale(self):
+        """The scale of new weights whose product is added to the residual."""
+        return 1 / math.sqrt(2 * self.config.num_hidden_layers)
+
+
+class ModernLayer(ModernPart, Part):
+    """Norms first, rotary positions, gated feed-forward; attention may be within a window (ModernBERT)."""
+
+    index: int = 0
+
+    @nn.compact
+    def __call__(self, hidden, mask, positions):
+        """Return [B, L, H], or [K, H] at `positions: int [K]` in B * L, for `hidden: [B, L, H]`."""
+        config, kind = self.config, self.config.layer_types[self.index]
+        if kind == "sliding_attention":
+            places = jnp.arange(hidden.shape[1])
+            mask = mask & (abs(places[:, None] - places) <= config.local_attention // 2)
+        normed = self.norm("attn_norm")(hidden) if self.index > 0 else hidden
+        qkv = self.dense(3 * config.hidden_size, "attn.Wqkv", config.attention_bias)(normed)
+        query, key, value = jnp.moveaxis(qkv.reshape(*qkv.shape[:2], 3, config.num_attention_heads, -1), 2, 0)
+        theta, rate = config.rope_parameters[kind]["rope_theta"], config.attention_dropout
+        attended = self.attend(rotate(query, theta), rotate(key, theta), value, mask, rate)
+        if positions is not None:
+            attended, hidden = select(attended, positions), select(hidden, positions)
+        attended = self.dense(config.hidden_size, "attn.Wo", config.attention_bias, self.output_scale)(attended)
+        hidden = hidden + self.drop(attended, rate)
+        inner = self.dense(2 * config.intermediate_size, "mlp.Wi", config.mlp_bias)(self.norm("mlp_norm")(hidden))
+        inner, gate = jnp.split(inner, 2, axis=-1)
+        inner = self.drop(ACTIVATIONS[config.hidden_activation](inner) * gate, config.mlp_dropout)
+        return hidden + self.dense(config.hidden_size, "mlp.Wo", config.mlp_bias, self.output_scale)(inner)
+
+
+def rotate(inputs, theta):
+    """Return [B, L, heads, D] with rotary position embeddings (Su et al. 2021)."""
+    half = inputs.shape[-1] // 2
+    angles = jnp.arange(inputs.shape[1])[:, None] / theta ** (jnp.arange(half) / half)
+    cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
+    first, second = jnp.split(inputs.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1).astype(inputs.dtype)
+
+
+class FlaxModernBertForMaskedLM(ModernPart, MaskedLM):
+    """ModernBERT (Warner et al. 2024); arguments and result as in `FlaxBertForMaskedLM`."""
+
+    @nn.compact
+    def __call__(self, input_ids, attention_mask, positions=None):
+        config, last = self.config, self.config.num_hidden_layers - 1
+        table, hidden = self.words(input_ids, config.hidden_size)
+        hidden = self.drop(self.norm("model.embeddings.norm")(hidden), config.embedding_dropout)
+        mask = (attention_mask > 0)[:, None, None, :]
+        for i in range(config.num_hidden_layers):
+            layer = self.layer(ModernLayer, f"model.layers.{i}", index=i)
+            hidden = layer(hidden, mask, positions if i == last else None)
+        hidden = self.norm("model.final_norm")(hidden)
+        hidden = self.dense(config.hidden_size, "head.dense", config.classifier_bias, self.output_scale)(hidden)
+        hidden = self.norm("head.norm")(ACTIVATIONS[config.classifier_activation](hidden))
+        return self.decode(hidden, table, config.decoder_bias, self.output_scale)
+
+
+def masked_logits(params, batch, dropout_rng=None, *, model):
+    """Return logits: [K, V] at the `positions` of a batch (flat in [B * L]) if it names them, else [B, L, V].
+
+    Dropout is on if there is a `dropout_rng`.
+    """
+    rngs = {} if dropout_rng is None else {"dropout": dropout_rng}
+    inputs = batch["input_ids"], batch["attention_mask"], batch.get("positions")
+    return model.apply({"params": params}, *inputs, rngs=rngs)
+
+
+def read_tensorflow_weights(path):
+    """Return {PyTorch name: array} of an original TensorFlow checkpoint of BERT, without its optimizer state."""
+    try:
+        from tensorflow import train
+    except ImportError:
+        raise InputError("TensorFlow, which reads .ckpt files, is missing (pip install tensorflow-cpu)") from None
+    kinds = {"kernel": "weight", "gamma": "weight", "beta": "bias", "output_weights": "weight", "output_bias": "bias"}
+    reader, weights = train.load_checkpoint(path), {}
+    for name in reader.get_variable_to_shape_map():
+        *modules, kind = re.sub(r"layer_(\d+)", r"layer/\1", name).split("/")
+        if not modules or kind in ("adam_m", "adam_v"):
+            continue
+        value = reader.get_tensor(name)
+        kind = f"{kind}.weight" if kind.endswith("_embeddings") else kinds.get(kind, kind)
+        weights[".".join([*modules, kind])] = value.T if name.endswith("/kernel") else value
+    return weights
+
+
+def load_model(model_args, config, tokenizer, training_args, new_tokens=None, checkpoint=None):
+    """Return (model, parameters): those of a checkpoint, pretrained, or random; they fit the tokenizer."""
+    name, size = checkpoint or model_args.model_name_or_path, max(tokenizer.get_vocab().values()) + 1
+    if checkpoint:
+        config.vocab_size = max(size, config.vocab_size)  # It got its rows before it was saved.
+    with user_errors(f"the model {name or config.model_type}"):
+        check_config(config)
+        weights = {}
+        if name:
+            options = {} if checkpoint else model_args.model_options
+            weights = match_weights(read_weights(name, options), create_model(config, training_args), name)
+        if size > config.vocab_size:
+            add_rows(weights, config, size)
+        model = create_model(config, training_args)
+        params = create_parameters(model, weights, training_args.seed)
         if new_tokens and not checkpoint:
-            model.params = jax.tree.map(np.array, model.params)
-            for values in jax.tree.leaves(model.params):
-                set_new_rows(values, len(tokenizer), new_tokens)
-        return model
+            fill_new_rows(params, config, new_tokens)
+    return model, params
 
 
-def resize_vocabulary(model, size):
-    """Return the model with token embeddings and decoder for `size` tokens; new rows are the mean of the old ones."""
-    old_size = model.config.vocab_size
-    if size == old_size:
-        return model
-    config = copy.deepcopy(model.config)
+def create_model(config, training_args):
+    """Return the model of a configuration, without parameters."""
+    kind = FlaxModernBertForMaskedLM if config.model_type == "modernbert" else FlaxBertForMaskedLM
+    dtype = jnp.bfloat16 if training_args.bf16 else jnp.float32
+    return kind(config, dtype, gradient_checkpointing=training_args.gradient_checkpointing)
+
+
+def vocabulary_names(config):
+    """Return the PyTorch names of the parameters that have a row for each token."""
+    names = FAMILIES[config.model_type]
+    words, decoder = f"{names['base']}.{names['words']}.weight", names["decoder"]
+    return {words, f"{decoder}.weight", f"{decoder}.bias", names["bias"]}
+
+
+def parameter_name(path):
+    """Return the PyTorch name of a parameter: its path in the tree of parameters, joined, with another last part."""
+    return ".".join([*path[:-1], LEAVES.get(path[-1], path[-1])])
+
+
+def parameter_shapes(model, seed=0):
+    """Return {path: shape and type} of the parameters of a model."""
+    ids = jnp.ones((1, 1), jnp.int32)
+    return flatten_dict(jax.eval_shape(model.init, jax.random.key(seed), ids, ids)["params"])
+
+
+def create_parameters(model, weights, seed):
+    """Return the tree of parameters, NumPy arrays: `weights` by their PyTorch names, random for those that it lacks."""
+    shapes, params = parameter_shapes(model), {}
+    if any(parameter_name(path) not in weights for path in shapes):
+        ids = jnp.ones((1, 1), jnp.int32)
+        new = jax.jit(model.init)(jax.random.key(seed), ids, ids)["params"]
+        params = jax.tree.map(np.array, flatten_dict(new))
+    for path in shapes:
+        if parameter_name(path) in weights:
+            values = weights[parameter_name(path)]
+            params[path] = np.array(values.T if path[-1] == "kernel" else values, np.float32)
+    return unflatten_dict(params)
+
+
+def read_weights(name, options):
+    """Return {PyTorch name: array} of a model folder or hub name; raises `InputError` if it has no known file."""
+    if ".ckpt" in name:
+        return read_tensorflow_weights(name.removesuffix(".index"))
+    for file in WEIGHT_FILES:
+        path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+        if path:
+            break
+    else:
+        raise InputError(f"there is none of {', '.join(WEIGHT_FILES)}")
+    paths = [path]
+    if path.endswith(".index.json"):
+        paths, _ = get_checkpoint_shard_files(name, path, **options)
+    return {key: value for path in paths for key, value in read_weight_file(path).items()}
+
+
+def read_weight_file(path):
+    """Return {PyTorch name: array} of one file."""
+    if path.endswith(".safetensors"):
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            return load_file(path)
+    if path.endswith(".msgpack"):
+        with open(path, "rb") as file:
+            params = flatten_dict(serialization.msgpack_restore(file.read()))
+        return {parameter_name(key): value.T if key[-1] == "kernel" else value for key, value in params.items()}
+    try:
+        import torch
+    except ImportError:
+        raise InputError(f"{path} is read with PyTorch, which is not installed (pip install torch)") from None
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    return {key: value.float().numpy() for key, value in weights.items()}
+
+
+def match_weights(weights, model, source):
+    """Return the weights under the names of the model's parameters; log what is missing and what is left over.
+
+    Raises `InputError` for a weight of another shape, or if there are none of the encoder.
+    """
+    names, found, left = FAMILIES[model.config.model_type], {}, set(weights)
+    prefix = f"{names['base']}."
+    for path, value in parameter_shapes(model).items():
+        name = parameter_name(path)
+        old = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+        # Old files, a model without head, and the bias of an untied decoder, which may be in two places.
+        forms = [name, old, name.removeprefix(prefix), old.removeprefix(prefix)]
+        forms += [names["bias"]] if name == f"{names['decoder']}.bias" else []
+        form = next((form for form in forms if form in weights), None)
+        if form:
+            shape = value.shape[::-1] if path[-1] == "kernel" else value.shape
+            if weights[form].shape != shape:
+                raise InputError(f"{form} has the shape {weights[form].shape}; the configuration asks for {shape}")
+            found[name] = weights[form]
+            left.discard(form)
+    if not any(name.startswith(prefix) for name in found):
+        raise InputError(f"it holds no weights of the type {model.config.model_type}")
+    missing = [parameter_name(path) for path in parameter_shapes(model) if parameter_name(path) not in found]
+    left = [name for name in left - vocabulary_names(model.config) if not name.endswith("position_ids")]
+    for what, these in (("lacks these weights, which are new", missing), ("has weights that are not used", left)):
+        if these:
+            logger.warning(f"{source} {what}: {', '.join(sorted(these))}")
+    return found
+
+
+def add_rows(weights, config, size):
+    """Give embeddings and decoder rows for `size` tokens: new rows are the mean of the old ones, new biases are 0."""
+    for name in vocabulary_names(config) & weights.keys():
+        old = np.asarray(weights[name], np.float32)
+        mean = old.mean(0, keepdims=True) if old.ndim > 1 else np.zeros(1, np.float32)
+        weights[name] = np.concatenate([old, np.repeat(mean, size - len(old), axis=0)])
     config.vocab_size = size
-    resized = type(model)(config, dtype=model.dtype)
-
-    def fit(old, new):
-        if old.shape == new.shape:
-            return old
-        axis = next(i for i in range(old.ndim) if old.shape[i] != new.shape[i])
-        kept = lax.slice_in_dim(old, 0, min(size, old_size), axis=axis)
-        mean = old.mean(axis, keepdims=True) if old.ndim > 1 else jnp.zeros(1, old.dtype)
-        return jnp.concatenate([kept, jnp.repeat(mean, size - kept.shape[axis], axis)], axis)
-
-    resized.params = jax.tree.map(fit, model.params, resized.params)
-    return resized
 
 
-def pytorch_weights(params):
+def fill_new_rows(params, config, new_tokens):
+    """Set the rows of new tokens, in all parameters with a row per token, to the mean of the rows of their pieces."""
+    for path, values in flatten_dict(params).items():
+        if parameter_name(path) in vocabulary_names(config):
+            rows = values.T if path[-1] == "kernel" else values
+            for new_id, pieces in new_tokens.items():
+                rows[new_id] = rows[pieces].mean(0)
+
+
+def pytorch_weights(params, config):
     """Return {name: array} of the parameters, under the names and in the layout of the PyTorch model."""
-    leaves = {"kernel": "weight", "embedding": "weight", "scale": "weight"}
-    weights = {}
+    weights, names = {}, FAMILIES[config.model_type]
     for path, value in flatten_dict(jax.device_get(params)).items():
-        name = ".".join([*path[:-1], leaves.get(path[-1], path[-1])])
-        weights[name] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
+        weights[parameter_name(path)] = np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
+    if f"{names['decoder']}.bias" in weights:  # The PyTorch model has it twice.
+        weights[names["bias"]] = weights[f"{names['decoder']}.bias"]
     return weights
 
 
@@ -1734,75 +2218,6 @@ def mean_metrics(loss, hits, count):
     """Return {"loss", "accuracy", "perplexity"} from sums over `count` masked tokens; perplexity is inf on overflow."""
     mean, accuracy = float(loss) / max(int(count), 1), float(hits) / max(int(count), 1)
     return {"loss": mean, "accuracy": accuracy, "perplexity": math.inf if mean > 700 else math.exp(mean)}
-
-
-def fast_dropout(module, inputs):
-    """Do what `nn.Dropout` does in training; its bits, a hash ("lowbias32") of position and key, are not written."""
-    shape = [1 if i in module.broadcast_dims else size for i, size in enumerate(inputs.shape)]
-    words = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
-    for key in jax.random.bits(module.make_rng(module.rng_collection), (2,), jnp.uint32):
-        words = words + key
-        words = (words ^ (words >> 16)) * np.uint32(0x7FEB352D)
-        words = (words ^ (words >> 15)) * np.uint32(0x846CA68B)
-        words = words ^ (words >> 16)
-    keep = 1.0 - module.rate
-    return jnp.where(words < np.uint32(min(round(keep * 2**32), 2**32 - 1)), inputs / keep, 0)
-
-
-def masked_logits(params, batch, dropout_rng=None, *, model, sparse_start="encoder"):
-    """Return logits: [K, V] at the `positions` of a batch (flat in [B * L]) if it names them, else [B, L, V].
-
-    In the first case, the model keeps only K hidden states from `sparse_start` on: behind the "encoder", so that only
-    the head is sparse, or behind the last attention ("layer"). Dropout is on if there is a `dropout_rng`.
-    """
-    sparse = "positions" in batch
-    last_attention = (str(getattr(model.config, "num_hidden_layers", 0) - 1), "attention", "output")
-
-    def select(hidden):
-        if jnp.shape(hidden)[:2] != batch["input_ids"].shape:
-            raise InputError(f"no hidden state of each token at the start {sparse_start!r}")
-        return hidden.reshape(-1, hidden.shape[-1])[batch["positions"]][None]
-
-    def intercept(call, args, kwargs, context):
-        module = context.module
-        if context.method_name != "__call__":
-            return call(*args, **kwargs)
-        if dropout_rng is not None and type(module) is nn.Dropout and 0 < module.rate < 1:
-            return fast_dropout(module, args[0])
-        if sparse and sparse_start == "layer" and module.path[-3:] == last_attention:
-            return call(*map(select, args), **kwargs)
-        output = call(*args, **kwargs)
-        if not sparse or sparse_start != "encoder" or module.name != model.base_model_prefix:
-            return output
-        hidden = select(output[0])
-        return (hidden, *output[1:]) if isinstance(output, tuple) else output.replace(last_hidden_state=hidden)
-
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if "token_type_ids" in inspect.signature(type(model).__call__).parameters:
-        inputs["token_type_ids"] = jnp.zeros_like(batch["input_ids"])  # The default of FlaxElectra is ones.
-    with nn.intercept_methods(intercept):
-        logits = model(**inputs, params=params, dropout_rng=dropout_rng, train=dropout_rng is not None)[0]
-    return logits[0] if sparse else logits
-
-
-def find_sparse_start(model, collator, max_seq_length):
-    """Return the best `sparse_start` of `masked_logits` that leaves the logits as they are, or None if none does."""
-    length, found = min(32, max_seq_length), None
-    ids = np.arange(2 * length).reshape(2, -1) % collator.vocab_size
-    batch = collator([{"input_ids": row} for row in ids])
-    positions = np.flatnonzero(np.arange(batch["input_ids"].size) % 3)
-    dense = jax.jit(functools.partial(masked_logits, model=model))(model.params, batch)
-    dense = dense.reshape(-1, dense.shape[-1])[positions]
-    for start in ("encoder", "layer"):
-        forward = jax.jit(functools.partial(masked_logits, model=model, sparse_start=start))
-        sparse = jnp.zeros(0)
-        with contextlib.suppress(UserError), user_errors(start):  # Models fail in many ways, if they do not allow it.
-            sparse = forward(model.params, {**batch, "positions": positions})
-        if sparse.shape == dense.shape and jnp.abs(sparse - dense).max() <= 1e-3 * jnp.abs(dense).max():
-            found = start
-    if found is None:
-        logger.warning(f"{type(model).__name__} needs all positions in its head: training with the dense head.")
-    return found
 
 
 class TrainState(train_state.TrainState):
@@ -2431,13 +2846,14 @@ class Run:
     """What a training run is made of, and where it is."""
 
     args: TrainingArguments
-    model: Any
+    model: nn.Module
+    params: dict
     tokenizer: PreTrainedTokenizerBase
     collator: FlaxDataCollatorForLanguageModeling
     tokenized: dict
     max_seq_length: int
     pad_to_max_length: bool
-    sparse_start: Optional[str]
+    sparse_head: bool
     settings: dict
     step: int = 0
     plan: Optional[RunPlan] = None
@@ -2447,7 +2863,7 @@ class Run:
     timer: tuple = (0, 0.0)  # Step and time from which `tokens_per_second` is measured.
 
     def __post_init__(self):
-        self.apply_fn = functools.partial(masked_logits, model=self.model, sparse_start=self.sparse_start)
+        self.apply_fn = functools.partial(masked_logits, model=self.model)
         self.eval_step = jax.pmap(functools.partial(eval_step, apply_fn=self.apply_fn), "batch")
         self.writer = SummaryWriter(os.path.join(self.args.output_dir, "logs")) if self.args.should_log else None
 
@@ -2483,29 +2899,28 @@ class Run:
         length = padded_length(longest, self.max_seq_length)
         batch = self.collator(samples, length=self.max_seq_length if self.pad_to_max_length else length)
         batch = {name: a.reshape(accumulation, -1, rows, a.shape[-1]).swapaxes(0, 1) for name, a in batch.items()}
-        if self.sparse_start:
+        if self.sparse_head:
             slots = label_slots(batch["labels"], self.collator.probability(samples[0]["epoch"]))
             batch |= select_labels(batch["labels"], *largest_of_processes(slots))
         return batch
 
 
-def build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
+def build_run(model_args, data_args, training_args, model, params, tokenizer, tokenized, max_seq_length):
     """Return the `Run`."""
     settings = {name: getattr(data_args, name) for name in MaskingCollator.__annotations__ if hasattr(data_args, name)}
     collator = FlaxDataCollatorForLanguageModeling(tokenizer, seed=training_args.seed, **settings)
     check_masks(tokenized.get("validation"), collator)
-    with user_errors(f"{type(model).__name__} fails on a first batch"):
-        sparse_start = None if model_args.dense_head else find_sparse_start(model, collator, max_seq_length)
     if training_args.push_to_hub and training_args.should_log:
         create_repository(training_args)  # Fails before the training, not after it.
     pad = data_args.pad_to_max_length
     settings = run_settings(data_args, training_args, max_seq_length, tokenized.get("train", ()))
-    return Run(training_args, model, tokenizer, collator, tokenized, max_seq_length, pad, sparse_start, settings)
+    sparse = not model_args.dense_head
+    return Run(training_args, model, params, tokenizer, collator, tokenized, max_seq_length, pad, sparse, settings)
 
 
 def create_training_state(run, schedule, checkpoint):
     """Return (state, dropout_rngs) on every device, new or as in a checkpoint, which every process reads."""
-    args, params, optimizer = run.args, run.model.params, create_optimizer(run.args, schedule)
+    args, params, optimizer = run.args, run.params, create_optimizer(run.args, schedule)
     opt_state = optimizer.init(params)
     if checkpoint:
         path = os.path.join(checkpoint, "optimizer.msgpack")
@@ -2515,7 +2930,6 @@ def create_training_state(run, schedule, checkpoint):
         step=run.step, apply_fn=run.apply_fn, params=params, tx=optimizer, opt_state=opt_state, grad_norm=jnp.zeros(())
     )
     state = jax_utils.replicate(state, axis_name="batch")
-    run.model.params = jax.device_get(params)  # Frees the copy on the first device.
     keys = jax.random.split(jax.random.key(args.seed, impl="rbg"), jax.device_count())
     first = jax.process_index() * jax.local_device_count()
     # Laid out as the step returns them, or its second call would compile again.
@@ -2615,7 +3029,7 @@ def start_training(run, step, checkpoint):
     logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
     schedule = create_schedule(args, run.plan.num_steps)
     peak = float(jax.vmap(schedule)(np.arange(run.plan.num_steps)).max())
-    num_parameters = sum(value.size for value in jax.tree.leaves(run.model.params))
+    num_parameters = sum(value.size for value in jax.tree.leaves(run.params))
     log_training(args, num_parameters, step, run.plan.num_steps, peak)
     return schedule
 
@@ -2667,11 +3081,11 @@ def write_model(run, params, folder):
     if not run.args.should_log:
         return
     config = copy.deepcopy(run.model.config)
-    config.architectures = [type(run.model).__name__.removeprefix("Flax")]
+    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForMaskedLM"]
     with write_errors(run.args.output_dir, "the model"):
         config.save_pretrained(folder)
         run.tokenizer.save_pretrained(folder)
-        weights = pytorch_weights(jax_utils.unreplicate(params))
+        weights = pytorch_weights(jax_utils.unreplicate(params), config)
         save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
         follow_umask(folder)
 
@@ -2778,14 +3192,14 @@ def main(argv=None):
             logger.info("The data is tokenized and cached. Give --do_train or --do_eval to use it.")
             return {}
 
-        model = load_model(model_args, config, tokenizer, training_args, new_tokens, checkpoint)
-        run = build_run(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length)
-        params, metrics = None, {}
+        model, params = load_model(model_args, config, tokenizer, training_args, new_tokens, checkpoint)
+        run = build_run(model_args, data_args, training_args, model, params, tokenizer, tokenized, max_seq_length)
+        metrics = {}
         if training_args.do_train:
             params, metrics = train(run, step, checkpoint, signals)
             save_results(run, "train", metrics)
         if training_args.do_eval:
-            params = jax_utils.replicate(model.params, axis_name="batch") if params is None else params
+            params = params if training_args.do_train else jax_utils.replicate(params, axis_name="batch")
             eval_metrics = evaluate(run, params)
             save_results(run, "eval", eval_metrics)
             predict = functools.partial(jax.jit(run.apply_fn), jax_utils.unreplicate(params))

@@ -23,7 +23,7 @@ import transformers
 from conftest import ROOT, flags, make_tokenizer, read_json, sentences, write_lines
 
 sys.path.insert(0, str(ROOT))
-from test_architectures import CHANGES, ELSEWHERE, LENGTH, PYTORCH, small_settings
+from test_architectures import CHANGES, LENGTH, PYTORCH, small_settings
 
 import run_mlm
 
@@ -89,7 +89,7 @@ def try_architecture(model_type, work):
 def main():
     """Print the table and return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    known = set().union(*(names for kind, names in PYTORCH.items() if kind != "no")) - ELSEWHERE
+    known = set().union(*PYTORCH.values())
     parser.add_argument("--only", action="append", choices=sorted(known), help="default: all")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -32,23 +32,16 @@ import tokenizers
 import transformers
 from safetensors.numpy import load_file, save_file
 
-# Set by legs of `.ci/run`: "flax" for Transformers 5, which has no Flax models; "pytorch" for the newest JAX alone.
-WITHOUT = os.environ.get("MLM_TEST_WITHOUT", "")
-WITHOUT_FLAX = WITHOUT == "flax"
+WITHOUT = os.environ.get("MLM_TEST_WITHOUT", "")  # A leg of `.ci/run` sets "pytorch": the newest JAX alone.
 if WITHOUT != "pytorch":
     import torch
-# The last two are about both scripts together.
-NEED_FLAX = ["test_flax_step.py", "test_flax_loop.py", "test_jax_processes.py", "test_examples.py", "test_readme.py"]
-collect_ignore = NEED_FLAX if WITHOUT_FLAX else []
 ROOT = Path(__file__).resolve().parent.parent
-SKIPS = ["Transformers 5 has no slow tokenizer for BERT"]
-slow_tokenizers = pytest.mark.skipif(WITHOUT_FLAX, reason=SKIPS[0])
 SCRIPTS = ("run_mlm", "run_mlm_flax")
 BOTH = (
     pytest.param("run_mlm", marks=pytest.mark.pytorch),
     pytest.param("run_mlm_flax", marks=pytest.mark.flax),
 )
-INSTALLED = {"flax": SCRIPTS[:1], "pytorch": SCRIPTS[1:]}.get(WITHOUT, SCRIPTS)
+INSTALLED = SCRIPTS[1:] if WITHOUT == "pytorch" else SCRIPTS
 # The first two are the two kinds of sparse head.
 ARCHITECTURES = ["bert", "albert"]
 ARCHITECTURES += [pytest.param(name, marks=pytest.mark.long) for name in ("roberta", "distilbert", "electra")]
@@ -98,10 +91,10 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
-    """Make a skip a failure, unless its reason is one of `SKIPS`."""
+    """Make a skip a failure."""
     report = yield
-    if report.skipped and not any(reason in str(report.longrepr) for reason in SKIPS):
-        report.outcome, report.longrepr = "failed", f"skipped for a reason that is not listed: {report.longrepr}"
+    if report.skipped:
+        report.outcome, report.longrepr = "failed", f"skipped: {report.longrepr}"
     return report
 
 
@@ -181,6 +174,17 @@ def make_tokenizer(folder, extra=()):
     return tokenizer
 
 
+def make_slow_tokenizer(folder):
+    """Write a tokenizer in Python of the same vocabulary, and return it."""
+    make_tokenizer(folder)
+    (Path(folder) / "tokenizer.json").unlink()
+    kinds = {"word_tokenizer_type": "basic", "subword_tokenizer_type": "wordpiece"}
+    vocabulary = str(Path(folder) / "vocab.txt")
+    tokenizer = transformers.BertJapaneseTokenizer(vocabulary, do_lower_case=True, model_max_length=64, **kinds)
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
 def make_byte_level_tokenizer(folder):
     """Write a RoBERTa tokenizer (byte-level BPE) trained on the tiny sentences, and return it."""
     trained = tokenizers.ByteLevelBPETokenizer()
@@ -243,8 +247,9 @@ def save_model(folder, config, seed):
         transformers.AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
         return
     config.save_pretrained(folder)
-    params = transformers.FlaxAutoModelForMaskedLM.from_config(config, seed=seed).params
-    weights = importlib.import_module("run_mlm_flax").pytorch_weights(params)
+    script = importlib.import_module("run_mlm_flax")
+    params = script.create_parameters(script.create_model(config, script.TrainingArguments()), {}, seed)
+    weights = script.pytorch_weights(params, config)
     save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 

@@ -25,7 +25,6 @@ TRAINER_FLAGS = {
     "gradient_checkpointing": "Less memory for more computation.",
     "torch_compile": "Compile the model with `torch.compile`.",
     "optim": "Optimizer.",
-    "warmup_ratio": "Warmup as a share of all steps.",
     "dataloader_num_workers": "Processes that make batches (default: up to 4 with an NVIDIA or AMD GPU, else none).",
     "load_best_model_at_end": "Save the best checkpoint's model, not the last one.",
     "metric_for_best_model": "What is best: `loss`, `accuracy` or `perplexity` of the evaluation.",
@@ -97,7 +96,7 @@ def make_tables():
     lines += ["", "### Both scripts: training", "", *make_table(shared["TrainingArguments"])]
     lines += ["", "### `run_mlm.py` alone", ""]
     lines += ["The other arguments of `transformers.TrainingArguments` work too, except a few that an error names."]
-    lines += ["The Transformers documentation describes them (Transformers 5 has some others). The most used:", ""]
+    lines += ["The Transformers documentation describes them. The most used:", ""]
     lines += make_table(torch_only)
     if flax_only:
         lines += ["", "### `run_mlm_flax.py` alone", "", *make_table(flax_only)]

@@ -13,13 +13,13 @@ from conftest import (
     history,
     make_config,
     make_model,
+    make_slow_tokenizer,
     make_unigram,
     optional_module,
     read_json,
     save_model,
     sentences,
     set_up,
-    slow_tokenizers,
     weights,
     write_lines,
 )
@@ -62,7 +62,7 @@ def initial_weights(script, arguments):
     run = set_up(script, arguments)
     if script.__name__ == "run_mlm":
         return {name: value.numpy() for name, value in run.model.state_dict().items()}
-    return script.pytorch_weights(run.model.params)
+    return script.pytorch_weights(run.params, run.model.config)
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "byte-level BPE", "SentencePiece"])
@@ -193,9 +193,9 @@ def test_the_share_falls_from_the_first_step_to_the_last_one(script, tmp_path, d
     assert [max(progress) for progress in steps] == pytest.approx(np.linspace(0, 1, len(steps)))
 
 
-@slow_tokenizers
 def test_a_slow_tokenizer_that_lowercases(script, tmp_path):
     folder = make_folder(tmp_path / "model", "wordpiece")
+    assert not make_slow_tokenizer(folder).is_fast
     before = load_file(f"{folder}/model.safetensors")["bert.embeddings.word_embeddings.weight"]
     words = write_lines(tmp_path / "new.txt", ["Sunflower", "Caf\u00e9"])
     arguments = job(folder, tmp_path, use_fast_tokenizer="false")

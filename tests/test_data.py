@@ -19,11 +19,11 @@ from conftest import (
     ROOT,
     flags,
     make_model,
+    make_slow_tokenizer,
     make_tokenizer,
     read_json,
     run_script,
     sentences,
-    slow_tokenizers,
     write_lines,
 )
 from safetensors.numpy import load_file
@@ -209,12 +209,12 @@ def test_line_by_line_leaves_out_blank_lines_and_truncates(script, tokenizer, tm
     assert result[1][-1] == tokenizer.sep_token_id
 
 
-@pytest.mark.parametrize("use_fast", [True, pytest.param(False, marks=slow_tokenizers)])
+@pytest.mark.parametrize("use_fast", [True, False])
 def test_joined_texts_lose_less_than_one_row_per_thousand_texts(script, tokenizer, tmp_path, use_fast):
     lines = sentences(2500)  # Several batches of `datasets.map`.
     path = write_lines(tmp_path / "lines.txt", lines)
     if not use_fast:
-        tokenizer = transformers.BertTokenizer.from_pretrained(tmp_path / "tokenizer")
+        tokenizer = make_slow_tokenizer(tmp_path / "tokenizer")
     assert tokenizer.is_fast == use_fast
     result = rows(tokenize(script, tokenizer, validation_file=path, line_by_line="false")["validation"])
     assert result == batched_rows(tokenizer, lines)
@@ -228,7 +228,8 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows(
 ):
     before = len(make_tokenizer(tmp_path))
     tokenizer = make_tokenizer(tmp_path, [f"word{i}" for i in range(highest_id - before)] + ["highest"])
-    tokenizer = tokenizer if use_fast else transformers.BertTokenizer.from_pretrained(tmp_path)
+    if not use_fast:
+        tokenizer = transformers.BertJapaneseTokenizer(str(tmp_path / "vocab.txt"), word_tokenizer_type="basic")
     train_file = write_lines(tmp_path / "train.txt", ["the highest old boats"] * 6)
     dataset = tokenize(script, tokenizer, 6, train_file=train_file, line_by_line=line_by_line)["train"]
     words = tokenizer.convert_tokens_to_ids("[CLS] the highest old boats [SEP]".split())
@@ -237,8 +238,8 @@ def test_ids_take_two_bytes_where_the_vocabulary_allows(
     assert dataset[0]["input_ids"].itemsize == bytes_per_id
 
 
-@slow_tokenizers
 def test_a_slow_tokenizer_gives_the_same_lines(script, tmp_path, tokenizer, text_files):
+    make_slow_tokenizer(tmp_path / "tokenizer")
     model_args, _, _ = script.parse_args(
         flags(tokenizer_name=tmp_path / "tokenizer", model_type="bert", output_dir="unused", use_fast_tokenizer="false")
         + flags(**text_files)

@@ -129,7 +129,7 @@ ARGUMENTS = [
     Mistake(
         "type without a Flax model",
         lambda place: {"model_name_or_path": None, "model_type": "deberta", "tokenizer_name": place.model},
-        ["--model_type deberta", "albert, bart, bert"],
+        ["--model_type deberta", "albert, bert", "run_mlm.py has more"],
         FLAX,
     ),
     Mistake(
@@ -143,7 +143,7 @@ ARGUMENTS = [
         ["unknown argument --coordinator_address"],
         TORCH,
     ),
-    Mistake("flags of the Trainer", lambda place: {"gradient_checkpointing": True}, ["--gradient_checkpointing"], FLAX),
+    Mistake("flags of the Trainer", lambda place: {"torch_compile": True}, ["--torch_compile"], FLAX),
     Mistake("fp16 in Flax", lambda place: {"fp16": True}, ["unknown argument --fp16"], FLAX),
     Mistake(
         "references alone",
@@ -299,7 +299,7 @@ MODELS = [
     Mistake(
         "no Flax model",
         lambda place: place.model_with(model_type="deberta"),
-        ["deberta", "albert, bart, bert"],
+        ["deberta", "albert, bert", "run_mlm.py has more"],
         FLAX,
     ),
     Mistake(

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from conftest import (
     ROOT,
-    WITHOUT_FLAX,
     finished_run,
     flags,
     history,
@@ -236,7 +235,7 @@ def test_an_evaluation_at_the_start_is_not_repeated(model_folder, text_files, tm
 
 
 @pytest.mark.pytorch
-@pytest.mark.parametrize("setting", ["auto_find_batch_size"] + ["include_tokens_per_second"] * (not WITHOUT_FLAX))
+@pytest.mark.parametrize("setting", ["auto_find_batch_size"])
 def test_a_resumed_stream_needs_nothing_of_the_trainers_skipping(model_folder, text_files, tmp_path, setting):
     settings = {"streaming": True, "shuffle_buffer_size": 20, setting: True}
     run_mlm.main(training_flags(model_folder, text_files, tmp_path / "whole", **settings))

@@ -1,6 +1,5 @@
 """The head runs on the labelled positions only, and the loss and its gradients stay the same numbers."""
 
-import copy
 import functools
 
 import numpy as np
@@ -93,46 +92,23 @@ def test_pytorch_loss_and_gradients_are_those_of_the_dense_head(folder, batch, t
 @pytest.mark.flax
 def test_flax_loss_and_gradients_are_those_of_the_dense_head(folder, batch, tmp_path):
     run = build(run_mlm_flax, folder, tmp_path)
-    assert run.sparse_start == SELECTIONS[run.model.config.model_type]
     selected = batch | run_mlm_flax.select_labels(batch["labels"], 16)
     shapes = []
 
-    def mean_loss(params, inputs, selection):
-        logits = run_mlm_flax.masked_logits(params, inputs, model=run.model, sparse_start=selection)
+    def mean_loss(params, inputs):
+        logits = run_mlm_flax.masked_logits(params, inputs, model=run.model)
         shapes.append(logits.shape[:-1])
         labels = inputs["labels"]
         total, count = run_mlm_flax.cross_entropy(logits, jnp.maximum(labels, 0), labels >= 0)
         return total / count
 
-    gradient = jax.jit(jax.value_and_grad(mean_loss), static_argnums=2)
-    dense, dense_gradients = gradient(run.model.params, batch, "encoder")
-    assert shapes == [(4, LENGTH)]
+    gradient = jax.jit(jax.value_and_grad(mean_loss))
+    dense, dense_gradients = gradient(run.params, batch)
+    sparse, sparse_gradients = gradient(run.params, selected)
+    assert shapes == [(4, LENGTH), (16,)]
+    assert float(sparse) == pytest.approx(float(dense), rel=1e-6)
     same = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
-    for selection in {"encoder", run.sparse_start}:
-        sparse, sparse_gradients = gradient(run.model.params, selected, selection)
-        assert shapes[-1] == (16,)
-        assert float(sparse) == pytest.approx(float(dense), rel=1e-6)
-        jax.tree.map(same, sparse_gradients, dense_gradients)
-
-
-class Changed:
-    """A Flax model told of another number of layers than it has, its logits changed by a function."""
-
-    def __init__(self, model, num_hidden_layers, change=lambda logits: logits):
-        self.model, self.params, self.base_model_prefix = model, model.params, model.base_model_prefix
-        self.config, self.change = copy.copy(model.config), change
-        self.config.num_hidden_layers = num_hidden_layers
-
-    def __call__(self, token_type_ids, **inputs):
-        return (self.change(self.model(token_type_ids=token_type_ids, **inputs)[0]),)
-
-
-@pytest.mark.flax
-def test_flax_cuts_no_layer_where_that_fails(tmp_path):
-    # The second of two layers cannot attend to positions that the first has left out.
-    run = build(run_mlm_flax, make_model(tmp_path / "model"), tmp_path)
-    found = [run_mlm_flax.find_sparse_start(Changed(run.model, layers), run.collator, LENGTH) for layers in (2, 1)]
-    assert found == ["layer", "encoder"]
+    jax.tree.map(same, sparse_gradients, dense_gradients)
 
 
 def mix(logits):
@@ -148,16 +124,9 @@ def test_pytorch_stays_dense_where_the_head_needs_all_positions(tmp_path, caplog
     assert caplog.messages[-1] == f"BertForMaskedLM {DENSE}"
 
 
-@pytest.mark.flax
-def test_flax_stays_dense_where_the_head_needs_all_positions(tmp_path, caplog):
-    run = build(run_mlm_flax, make_model(tmp_path / "model", initializer_range=0.3), tmp_path)
-    assert run_mlm_flax.find_sparse_start(Changed(run.model, 2, mix), run.collator, LENGTH) is None
-    assert caplog.messages[-1] == f"Changed {DENSE}"
-
-
 def test_dense_head_is_a_flag(script, tmp_path):
-    folder = make_model(tmp_path / "model")
-    assert build(script, folder, tmp_path, "--dense_head").sparse_start is None
+    run = build(script, make_model(tmp_path / "model"), tmp_path, "--dense_head")
+    assert not (run.sparse_start if script is run_mlm else run.sparse_head)
 
 
 def test_no_labels_no_loss_and_no_nan(tmp_path, batch):

@@ -8,7 +8,6 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import transformers
 from conftest import (
     INSTALLED,
     RARE,
@@ -16,10 +15,10 @@ from conftest import (
     WORDS,
     flags,
     make_byte_level_tokenizer,
+    make_slow_tokenizer,
     make_tokenizer,
     make_unigram,
     sentences,
-    slow_tokenizers,
     write_lines,
 )
 from tokenizers import Regex, decoders, normalizers, pre_tokenizers
@@ -189,10 +188,8 @@ def test_a_tokenizer_that_does_not_tell_words_is_an_error(script, make, tmp_path
         tokenize(script, tokenizer, write_lines(tmp_path / "t.txt", sentences(3)))
 
 
-@slow_tokenizers
-def test_a_slow_tokenizer_is_an_error(script, make, tmp_path):
-    make("wordpiece")
-    slow = transformers.BertTokenizer.from_pretrained(tmp_path)
+def test_a_slow_tokenizer_is_an_error(script, tmp_path):
+    slow = make_slow_tokenizer(tmp_path)
     with pytest.raises(script.UserError, match="--whole_word_mask needs a fast tokenizer"):
         tokenize(script, slow, write_lines(tmp_path / "t.txt", sentences(3)))
 
