@@ -42,6 +42,9 @@ class Clock:
     def step_done(self):
         """Note the end of a step; raises `MeasuredError` at the last one."""
         self.count += 1
+        if self.count == 1:
+            self.wait()
+            self.first_step = seconds_since_start()
         if self.count == self.warm_up:
             self.wait()
             self.compilations = 0
@@ -51,6 +54,7 @@ class Clock:
             seconds = time.perf_counter() - self.start
             self.result = {"seconds_per_step": seconds / self.steps, "start_up_seconds": self.start - self.begin}
             self.result |= peak_memory() | {"compilations_while_measured": self.compilations}
+            self.result["first_step_seconds"] = self.first_step
             tokens, places = (sum(column) for column in zip((0, 0), *self.batches[self.warm_up : self.count]))
             if tokens:
                 self.result |= {"tokens_per_second": tokens / seconds, "padding_share": 1 - tokens / places}
@@ -62,8 +66,9 @@ class Clock:
 
     def count_batch(self, batch):
         """Note the tokens and the places of a collated batch (NumPy or PyTorch) and return it."""
-        mask = batch["attention_mask"]
-        self.batches.append((int(mask.sum()), mask.shape[0] * mask.shape[1]))
+        rows, length = batch["input_ids"].shape
+        mask = batch.get("attention_mask")  # Left out of batches without padding.
+        self.batches.append((rows * length if mask is None else int(mask.sum()), rows * length))
         return batch
 
 
@@ -113,7 +118,7 @@ def seconds_since_start():
     return time.time() - float(os.environ["BENCH_STARTED"])
 
 
-def run_child(spec, folder, environment=None):
+def run_child(spec, folder, environment=None, timeout=TIMEOUT):
     """Run this program again as a child with `spec` (a dict for JSON); return its result, or {"error": a line}."""
     folder = Path(tempfile.mkdtemp(dir=folder, prefix="child-"))
     spec = {**spec, "child_folder": str(folder)}
@@ -121,13 +126,13 @@ def run_child(spec, folder, environment=None):
     command = [sys.executable, sys.argv[0], CHILD, str(folder / "spec.json")]
     with open(folder / "log.txt", "w") as log, contextlib.suppress(subprocess.TimeoutExpired):
         child_environment = {**os.environ, **(environment or {}), "BENCH_STARTED": repr(time.time())}
-        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=child_environment, timeout=TIMEOUT)
+        subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=child_environment, timeout=timeout)
     if (folder / "result.json").exists():
         return json.loads((folder / "result.json").read_text())
     lines = [line for line in (folder / "log.txt").read_text(errors="replace").splitlines() if line.strip()]
     if os.environ.get("BENCH_DEBUG"):
         print("\n".join(lines[-60:]), file=sys.stderr)
-    return {"error": lines[-1][:300] if lines else f"no output within {TIMEOUT} s"}
+    return {"error": lines[-1][:300] if lines else f"no output within {timeout:.0f} s"}
 
 
 def child_main(measure):

@@ -14,7 +14,13 @@ from transformers import (
 
 
 def build_trainer(spec, max_steps=-1):
-    """Return the `Trainer` with default arguments."""
+    """Return the `Trainer` with default arguments and what the flags of a spec change."""
+    flags = [flag.removeprefix("--") for flag in spec.get("flags", ())]
+    more = {"torch_compile": "torch_compile" in flags}
+    if "dataloader_num_workers" in flags:
+        more["dataloader_num_workers"] = int(flags[flags.index("dataloader_num_workers") + 1])
+    if "torch_compile_backend" in flags:
+        more["torch_compile_backend"] = flags[flags.index("torch_compile_backend") + 1]
     args = TrainingArguments(
         output_dir=os.path.join(spec["child_folder"], "out"),
         per_device_train_batch_size=spec["batch"],
@@ -22,6 +28,7 @@ def build_trainer(spec, max_steps=-1):
         max_steps=max_steps,
         bf16=spec["bf16"],
         use_cpu=spec["device"] == "cpu",
+        **more,
     )
     set_seed(args.seed)
     tokenizer = AutoTokenizer.from_pretrained(spec["model"])
