@@ -99,9 +99,8 @@ OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*
 INTERVALS = {
     "[1, 2147483647]": "train_batch_size eval_batch_size gradient_accumulation_steps max_seq_length max_train_samples "
     "max_val_samples preprocessing_num_workers shuffle_buffer_size save_total_limit num_processes tpu_num_cores "
-    "eval_accumulation_steps torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout "
-    "per_gpu_train_batch_size per_gpu_eval_batch_size",
-    "[0, 2147483647]": "warmup_steps process_id dataloader_num_workers fsdp_min_num_params neftune_noise_alpha",
+    "eval_accumulation_steps torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout",
+    "[0, 2147483647]": "warmup_steps process_id dataloader_num_workers neftune_noise_alpha",
     "[-1, 2147483647]": "max_steps local_rank",
     "[0, 4294967295]": "seed data_seed",
     "[1, 99]": "validation_split_percentage",
@@ -109,21 +108,18 @@ INTERVALS = {
     "[0, inf)": "learning_rate weight_decay max_grad_norm eval_delay",
     "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor dropout_rate",
     "(0, 1]": "mlm_probability final_mlm_probability eval_mlm_probability",
-    "[0, 1]": "mask_replace_prob random_replace_prob warmup_ratio",
+    "[0, 1]": "mask_replace_prob random_replace_prob",
 }
 # Arguments of the Trainer that do not work here, or would do nothing, by the reason.
 UNUSABLE = {
     "no test data is read; give it as --validation_file": "do_predict",
-    "evaluation keeps sums of loss and hits, and no logits": "batch_eval_metrics eval_do_concat_batches past_index "
-    "include_for_metrics include_inputs_for_metrics jit_mode_eval label_names prediction_loss_only",
+    "evaluation keeps sums of loss and hits, and no logits": "batch_eval_metrics eval_do_concat_batches "
+    "include_for_metrics label_names prediction_loss_only",
     "the loss is computed in this script": "liger_kernel_config use_liger_kernel",
     "the order of the samples follows from seed and step": "dataloader_in_order ignore_data_skip length_column_name "
     "train_sampling_strategy",
     "a signal always ends the run with a checkpoint": "enable_jit_checkpoint",
-    "mixed precision is that of PyTorch": "fp16_backend fp16_opt_level half_precision_backend",
-    "it is for programs that search hyperparameters, or run on SageMaker": "mp_parameters ray_scope",
-    "the Trainer's debugging fails at masks, or at a head without rows": "debug tpu_metrics_debug",
-    "give --torch_compile_backend": "torchdynamo",
+    "the Trainer's debugging fails at masks, or at a head without rows": "debug",
 }
 FILE_FORMATS = "txt", "csv", "tsv", "json", "jsonl", "parquet"
 ENCODE_BATCH = 1000  # Texts that are joined together, and at most tokenized in one call.
@@ -241,7 +237,7 @@ class TrainingArguments(transformers.TrainingArguments):
     dataloader_num_workers: Optional[int] = HfArg(
         default=None, help="Processes that make batches (default: up to 4 with an NVIDIA or AMD GPU, else none)."
     )
-    # Transformers 5 has dropped these: they are documented, shared with the Flax script, or given by `xla_spawn`.
+    # The Trainer has dropped these: they are documented, shared with the Flax script, or given by `xla_spawn`.
     overwrite_output_dir: bool = HfArg(default=False, help="Overwrite the contents of output_dir.")
     group_by_length: bool = HfArg(default=False, help="Group samples of similar length into batches.")
     tpu_num_cores: Optional[int] = HfArg(default=None, help="Number of TPU cores; xla_spawn sets it.")
@@ -259,7 +255,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.logging_nan_inf_filter = False  # `training_step` raises an error instead.
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # Bars would leave fragments in a file.
-        self.report_to = self.report_to or ["all"]  # Transformers 5 would report nowhere.
+        self.report_to = self.report_to or ["all"]  # The Trainer would report nowhere.
         if (self.metric_for_best_model or "").endswith("perplexity") and self.greater_is_better is None:
             self.greater_is_better = False  # To the Trainer, a metric is a score unless it ends in "loss".
         self.old_run, self.named_checkpoints = [], []  # Set by `note_old_run`.
@@ -1913,7 +1909,7 @@ class MaskedLMTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self):
         """Set up Accelerate; raises `UserError` for what this machine cannot do."""
-        with user_errors("--fsdp, --deepspeed, --accelerator_config, --torch_compile_backend or --torchdynamo"):
+        with user_errors("--fsdp, --deepspeed, --accelerator_config or --torch_compile_backend"):
             super().create_accelerator_and_postprocess()
 
     def create_optimizer(self, *args, **kwargs):
@@ -1932,7 +1928,7 @@ class MaskedLMTrainer(Trainer):
         with user_errors("--push_to_hub, --hub_model_id"):
             super().init_hf_repo(*args, **kwargs)
 
-    # Trainer internals: all of them are needed with Transformers 4.57 and 5.
+    # Trainer internals.
 
     def _get_train_sampler(self, train_dataset=None):
         return StepSampler(self.plan)  # There is no public way to give a sampler.
@@ -2498,8 +2494,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         )
     trainer.remove_callback(PrinterCallback)  # `log_report` does this.
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback) and not hasattr(training_args, "logging_dir"):
-            # Transformers 5 would write the charts of an evaluation alone to the current folder.
+        if isinstance(callback, TensorBoardCallback):  # It would write those of an evaluation to the current folder.
             callback.logging_dir = callback.logging_dir or os.path.join(training_args.output_dir, "runs")
     return trainer
 
@@ -2542,7 +2537,7 @@ def evaluate(trainer):
     """Evaluate on all validation samples and return the metrics."""
     metrics = trainer.evaluate()
     for name in ("eval_model_preparation_time",) if trainer.args.do_train else ("eval_model_preparation_time", "epoch"):
-        metrics.pop(name, None)  # Only without a training before; Transformers 5 calls that epoch 0.
+        metrics.pop(name, None)  # Only without a training before; the Trainer calls that epoch 0.
     metrics["perplexity"] = metrics.pop("eval_perplexity")
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)

@@ -159,9 +159,8 @@ MAX_SHAPES = 6  # Lengths that batches are padded to when the step is compiled, 
 INTERVALS = {
     "[1, 2147483647]": "train_batch_size eval_batch_size gradient_accumulation_steps max_seq_length max_train_samples "
     "max_val_samples preprocessing_num_workers shuffle_buffer_size save_total_limit num_processes tpu_num_cores "
-    "eval_accumulation_steps torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout "
-    "per_gpu_train_batch_size per_gpu_eval_batch_size",
-    "[0, 2147483647]": "warmup_steps process_id dataloader_num_workers fsdp_min_num_params neftune_noise_alpha",
+    "eval_accumulation_steps torch_empty_cache_steps dataloader_prefetch_factor ddp_bucket_cap_mb ddp_timeout",
+    "[0, 2147483647]": "warmup_steps process_id dataloader_num_workers neftune_noise_alpha",
     "[-1, 2147483647]": "max_steps local_rank",
     "[0, 4294967295]": "seed data_seed",
     "[1, 99]": "validation_split_percentage",
@@ -169,7 +168,7 @@ INTERVALS = {
     "[0, inf)": "learning_rate weight_decay max_grad_norm eval_delay",
     "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor dropout_rate",
     "(0, 1]": "mlm_probability final_mlm_probability eval_mlm_probability",
-    "[0, 1]": "mask_replace_prob random_replace_prob warmup_ratio",
+    "[0, 1]": "mask_replace_prob random_replace_prob",
 }
 FILE_FORMATS = "txt", "csv", "tsv", "json", "jsonl", "parquet"
 ENCODE_BATCH = 1000  # Texts that are joined together, and at most tokenized in one call.
