@@ -1510,13 +1510,15 @@ class MaskedLMCollator(MaskingCollator, DataCollatorForLanguageModeling):
     """The stock collator with reproducible masks. It pads batches to at least `length`.
 
     With `few_shapes`, it pads them to one of few lengths up to `max_seq_length`. With `compact`, it leaves out what a
-    step does not need: the mask of a batch without padding, and most of the labels.
+    step does not need: the mask of a batch without padding, and labels that say nothing, all of them or, with
+    `fill_slots`, all above a number that is the same for almost every batch.
     """
 
     length: int = 0
     max_seq_length: Optional[int] = None
     few_shapes: bool = False
     compact: bool = False
+    fill_slots: bool = False
 
     def __call__(self, examples, return_tensors=None):
         """Return int64 tensors {"input_ids", "attention_mask", "labels"} [B, L], or "labels" and "positions" [K]."""
@@ -1528,7 +1530,9 @@ class MaskedLMCollator(MaskingCollator, DataCollatorForLanguageModeling):
         if self.compact:
             if batch["attention_mask"].all() and not self.few_shapes:
                 del batch["attention_mask"]  # Models look whether a mask hides anything, and wait for the answer.
-            slots = label_slots(batch["labels"], self.probability(examples[0].get("epoch", 0)))
+            slots = int((batch["labels"] != IGNORED_LABEL).sum())
+            if self.fill_slots:
+                slots = label_slots(batch["labels"], self.probability(examples[0].get("epoch", 0)))
             batch |= select_labels(batch["labels"], slots)
         return {name: torch.from_numpy(array).long() for name, array in batch.items()}
 
@@ -2477,6 +2481,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         max_seq_length=max_seq_length,
         few_shapes=training_args.torch_compile and data_args.line_by_line,
         compact=not training_args.accelerator_config.dispatch_batches,  # It would cut positions like samples.
+        fill_slots=training_args.torch_compile or not training_args.use_cpu,  # Else it is work for nothing.
     )
     check_masks(tokenized.get("validation"), collator)
     log_devices(training_args)
