@@ -28,6 +28,7 @@ import errno
 import functools
 import gc
 import glob
+import importlib
 import inspect
 import io
 import itertools
@@ -63,6 +64,8 @@ import torch
 import transformers
 import yaml
 from datasets.iterable_dataset import ArrowExamplesIterable
+from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
@@ -85,6 +88,7 @@ from transformers.integrations import TensorBoardCallback, get_reporting_integra
 from transformers.trainer_callback import DefaultFlowCallback, PrinterCallback
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import check_min_version, is_torch_xla_available
+from transformers.utils.hub import hf_api
 
 check_min_version("5.23.0")
 
@@ -140,6 +144,14 @@ STREAMED_VALIDATION = 1000  # Samples for validation from the beginning of a str
 CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
 # What a run writes about its model: deleted with the model that it replaces.
 RESULTS = "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md"
+# What an upload sends, beside the vocabulary of the tokenizer: whatever else lies in the folder stays here.
+PUBLISHED = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "training_args.bin", "runs/*events.out.tfevents.*"),
+    *("logs/*events.out.tfevents.*", *RESULTS),
+)
+HUB_TIMEOUT = 60  # Seconds that a server of the hub may be silent.
 MAX_CAUSE = 400  # Characters of a library's message that an error line shows.
 IGNORED_LABEL = -100
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
@@ -255,7 +267,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.logging_nan_inf_filter = False  # `training_step` raises an error instead.
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # Bars would leave fragments in a file.
-        self.report_to = self.report_to or ["all"]  # The Trainer would report nowhere.
+        self.report_to = self.report_to or ["tensorboard"]  # The Trainer would report nowhere.
         if (self.metric_for_best_model or "").endswith("perplexity") and self.greater_is_better is None:
             self.greater_is_better = False  # To the Trainer, a metric is a score unless it ends in "loss".
         self.old_run, self.named_checkpoints = [], []  # Set by `note_old_run`.
@@ -263,7 +275,11 @@ class TrainingArguments(transformers.TrainingArguments):
         super().__post_init__()
         self.output_dir = output_dir  # The Trainer would make one up.
         self.accelerator_config.non_blocking |= self.dataloader_pin_memory  # Copies to the GPU do not wait for it.
-        get_reporting_integration_callbacks(self.report_to)  # Raises for an unknown name.
+        for callback in get_reporting_integration_callbacks(self.report_to):  # Raises for an unknown name,
+            callback()  # and for a package that is not installed.
+        online = "wandb" in self.report_to and os.environ.get("WANDB_MODE", "online") == "online"
+        if online and not importlib.import_module("wandb").api.api_key:
+            raise UserError("--report_to wandb: not logged in; run `wandb login`, or set WANDB_MODE=offline")
         if self.torch_compile_mode:
             torch.compile(math.sqrt, mode=self.torch_compile_mode)  # Raises for an unknown mode.
         self.check_combinations()
@@ -524,8 +540,9 @@ def exit_on_user_error(main):
 
 
 def print_error(error):
-    """Print an error in one line."""
-    tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Print an error in one line, without what looks like a hub token."""
+    line = re.sub("hf_[A-Za-z0-9]{16,}", "hf_...", " ".join(str(error).split()))
+    tqdm.write(f"error: {line}", file=sys.stderr)
 
 
 def is_lost_connection(error):
@@ -1578,9 +1595,11 @@ def add_new_tokens(tokenizer, path):
     """Add the tokens in a file, one a line, that the tokenizer lacks; return {new id: ids of its old pieces}."""
     if path is None:
         return {}
-    with user_errors(f"--new_tokens {path}"), open(path, encoding="utf-8-sig") as file:
-        text = file.read().lower() if getattr(tokenizer, "do_lower_case", False) else file.read()
-    tokens = [token for token in dict.fromkeys(map(str.strip, text.split("\n"))) if token]
+    with user_errors(f"--new_tokens {path}"):
+        lines = read_lines(path)
+    if getattr(tokenizer, "do_lower_case", False):
+        lines = [line.lower() for line in lines]
+    tokens = [token for token in dict.fromkeys(map(str.strip, lines)) if token]
     if not tokens:
         raise UserError(f"--new_tokens {path}: holds no token")
     pieces, vocabulary, last_id = {}, tokenizer.get_vocab(), max(tokenizer.get_vocab().values())
@@ -1695,7 +1714,10 @@ def load_model(model_args, config, tokenizer, training_args, new_tokens=None):
         elif ".ckpt" in name:
             model = load_tensorflow_model(name.removesuffix(".index"), config)
         else:
-            model = AutoModelForMaskedLM.from_pretrained(name, config=config, **options, **model_args.model_options)
+            options |= {"output_loading_info": True, **model_args.model_options}
+            model, info = AutoModelForMaskedLM.from_pretrained(name, config=config, **options)
+            if not model.state_dict().keys() - info["missing_keys"]:
+                raise InputError("its files hold no weight of this architecture")
         if (size := max(tokenizer.get_vocab().values()) + 1) > model.config.get_text_config().vocab_size:
             model = add_rows(model, size)
         if new_tokens:
@@ -1931,6 +1953,14 @@ class MaskedLMTrainer(Trainer):
         """Create the hub repository; raises `UserError` if that fails."""
         with user_errors("--push_to_hub, --hub_model_id"):
             super().init_hf_repo(*args, **kwargs)
+        api = hf_api()
+
+        def upload_folder(path_in_repo=None, **options):
+            if path_in_repo is None:  # The output folder, and not a checkpoint in it.
+                options["allow_patterns"] = published_files(self.data_collator.tokenizer)
+            return HfApi.upload_folder(api, path_in_repo=path_in_repo, **options)
+
+        api.upload_folder = upload_folder
 
     # Trainer internals.
 
@@ -2571,9 +2601,10 @@ def show_predictions(trainer):
 
 def publish(trainer, model_args, data_args):
     """Write the model card and, with `--push_to_hub`, upload the model, its card and the results."""
-    card = {"tasks": "fill-mask", "tags": ["masked-language-modeling"], "dataset": data_args.dataset_name}
-    base = model_args.model_name_or_path
-    card["finetuned_from"] = base if base and not os.path.exists(base) else None
+    base, dataset = model_args.model_name_or_path, data_args.dataset_name
+    card = {"tasks": "fill-mask", "tags": ["masked-language-modeling"]}
+    card["dataset"] = dataset and os.path.basename(os.path.abspath(dataset)) if is_local(dataset or "") else dataset
+    card["finetuned_from"] = None if is_local(base or "") else base
     trainer.model.config._name_or_path = trainer.args.output_dir  # The card would take it for the base model.
     trainer.create_model_card(**card)
     if trainer.args.push_to_hub:
@@ -2618,10 +2649,28 @@ def leave_process_group():
         torch.distributed.destroy_process_group()
 
 
+def hub_client():
+    """Return a client of the hub that gives up when a server does not answer; the usual one waits without end."""
+    client = default_client_factory()
+    client.timeout = HUB_TIMEOUT
+    return client
+
+
+def published_files(tokenizer):
+    """Return patterns of the files of an output folder that an upload sends."""
+    return [*PUBLISHED, *tokenizer.vocab_files_names.values()]
+
+
+def is_local(name):
+    """Return whether a name means files on this machine, whose place is nothing for a public card."""
+    return os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".ckpt" in name
+
+
 # ---- 7. Main --------------------------------------------------------------------------------------------------------
 @exit_on_user_error
 def main(argv=None):
     """Run what the arguments ask for and return all metrics."""
+    set_client_factory(hub_client)
     model_args, data_args, training_args = parse_args(argv)
     setup_logging(training_args)
     atexit.register(leave_process_group)

@@ -64,7 +64,8 @@ from flax import jax_utils, serialization
 from flax import linen as nn
 from flax.training import train_state
 from flax.traverse_util import flatten_dict, unflatten_dict
-from huggingface_hub import EvalResult, HfApi, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCardData, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 from jax import lax
 from jax._src import distributed  # There is no public way to the coordination service, which Orbax uses too.
 from jax.experimental import multihost_utils
@@ -187,6 +188,14 @@ STREAMED_VALIDATION = 1000  # Samples for validation from the beginning of a str
 CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
 # What a run writes about its model: deleted with the model that it replaces.
 RESULTS = "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md"
+# What an upload sends, beside the vocabulary of the tokenizer: whatever else lies in the folder stays here.
+PUBLISHED = (
+    *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
+    *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "training_args.bin", "runs/*events.out.tfevents.*"),
+    *("logs/*events.out.tfevents.*", *RESULTS),
+)
+HUB_TIMEOUT = 60  # Seconds that a server of the hub may be silent.
 MAX_CAUSE = 400  # Characters of a library's message that an error line shows.
 IGNORED_LABEL = -100
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
@@ -552,8 +561,9 @@ def exit_on_user_error(main):
 
 
 def print_error(error):
-    """Print an error in one line."""
-    tqdm.write(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    """Print an error in one line, without what looks like a hub token."""
+    line = re.sub("hf_[A-Za-z0-9]{16,}", "hf_...", " ".join(str(error).split()))
+    tqdm.write(f"error: {line}", file=sys.stderr)
 
 
 def is_lost_connection(error):
@@ -1542,9 +1552,11 @@ def add_new_tokens(tokenizer, path):
     """Add the tokens in a file, one a line, that the tokenizer lacks; return {new id: ids of its old pieces}."""
     if path is None:
         return {}
-    with user_errors(f"--new_tokens {path}"), open(path, encoding="utf-8-sig") as file:
-        text = file.read().lower() if getattr(tokenizer, "do_lower_case", False) else file.read()
-    tokens = [token for token in dict.fromkeys(map(str.strip, text.split("\n"))) if token]
+    with user_errors(f"--new_tokens {path}"):
+        lines = read_lines(path)
+    if getattr(tokenizer, "do_lower_case", False):
+        lines = [line.lower() for line in lines]
+    tokens = [token for token in dict.fromkeys(map(str.strip, lines)) if token]
     if not tokens:
         raise UserError(f"--new_tokens {path}: holds no token")
     pieces, vocabulary, last_id = {}, tokenizer.get_vocab(), max(tokenizer.get_vocab().values())
@@ -3144,32 +3156,52 @@ def publish(run, model_args, data_args, metrics):
         return
     results = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
     found = {kind: metrics[key] for kind, key in results.items() if math.isfinite(metrics.get(key, math.inf))}
-    name, dataset = (args.hub_model_id or args.output_dir).rstrip("/").split("/")[-1], data_args.dataset_name or "text"
+    name = os.path.basename(os.path.abspath(args.hub_model_id or args.output_dir))
+    dataset = data_args.dataset_name or "text"
+    source = os.path.basename(os.path.abspath(dataset)) if is_local(dataset) else dataset
     card = ModelCardData(
         model_name=name,
         library_name="transformers",
         pipeline_tag="fill-mask",
         tags=["masked-language-modeling"],
-        base_model=base if base and not os.path.exists(base) else None,
-        datasets=data_args.dataset_name,
-        eval_results=[EvalResult("fill-mask", dataset, dataset, kind, value) for kind, value in found.items()] or None,
+        base_model=None if is_local(base or "") else base,
+        datasets=None if is_local(dataset) else data_args.dataset_name,
+        eval_results=[EvalResult("fill-mask", source, source, kind, value) for kind, value in found.items()] or None,
     )
     lines = [f"---\n{card.to_yaml()}\n---\n", f"# {name}\n", "Masked language model, trained with run_mlm_flax.py.\n"]
     lines += [f"- {kind}: {value:.4g}" for kind, value in found.items()]
     with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n")
     if args.push_to_hub:
-        repository, left_out = create_repository(args), ["checkpoint-*", ".*", "_*"]
+        repository, names = create_repository(args), published_files(run.collator.tokenizer)
         with user_errors(f"--push_to_hub failed; the model is saved in {args.output_dir}"):
             HfApi(token=args.hub_token).upload_folder(
-                repo_id=repository, folder_path=args.output_dir, ignore_patterns=left_out
+                repo_id=repository, folder_path=args.output_dir, allow_patterns=names
             )
+
+
+def hub_client():
+    """Return a client of the hub that gives up when a server does not answer; the usual one waits without end."""
+    client = default_client_factory()
+    client.timeout = HUB_TIMEOUT
+    return client
+
+
+def published_files(tokenizer):
+    """Return patterns of the files of an output folder that an upload sends."""
+    return [*PUBLISHED, *tokenizer.vocab_files_names.values()]
+
+
+def is_local(name):
+    """Return whether a name means files on this machine, whose place is nothing for a public card."""
+    return os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".ckpt" in name
 
 
 # ---- 7. Main --------------------------------------------------------------------------------------------------------
 @exit_on_user_error
 def main(argv=None):
     """Run what the arguments ask for and return all metrics."""
+    set_client_factory(hub_client)
     model_args, data_args, training_args = parse_args(argv)
     keep_compiled_code(model_args)
     connect_processes(data_args, training_args)

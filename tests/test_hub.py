@@ -3,12 +3,16 @@
 import hashlib
 import http.server
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 import threading
 from base64 import b64decode
 
 import pytest
-from conftest import BOTH, error_line, flags, optional_module, run_script
+from conftest import BOTH, ROOT, error_line, flags, optional_module, run_script
 
 run_mlm = optional_module("run_mlm")
 
@@ -23,7 +27,8 @@ class Hub(http.server.ThreadingHTTPServer):
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.files, self.large, self.created = {}, {}, []
         self.tokens, self.messages = set(), []
-        self.refused = None
+        self.refused = self.silent = None
+        self.ended = threading.Event()
 
 
 class Answer(http.server.BaseHTTPRequestHandler):
@@ -60,7 +65,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
         hub, body = self.server, self.rfile.read(int(self.headers["Content-Length"]))
         path = self.path.split("?")[0]
         hub.tokens.add(self.headers["Authorization"])
-        if hub.refused and re.search(hub.refused, path):
+        if hub.silent and re.search(hub.silent, path):
+            hub.ended.wait(60)
+        elif hub.refused and re.search(hub.refused, path):
             self.reply({"error": "You have no right to write here"}, 403)
         elif path == "/api/repos/create":
             hub.created.append(json.loads(body))
@@ -106,6 +113,7 @@ def hub():
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         yield server
+        server.ended.set()
         server.shutdown()
         thread.join()
 
@@ -114,14 +122,19 @@ def hub():
 def push(hub, model_folder, text_files, tmp_path):
     """Run a script that pushes, as a program: `push(name, **flags)` returns the process."""
 
-    def run(name, environment=(), **changes):
+    def run(name, environment=(), impatient=False, **changes):
         settings = {"model_name_or_path": model_folder, "output_dir": tmp_path / "my-model", "do_train": True}
         settings |= {"max_steps": 2, "save_steps": 1, "max_seq_length": 16, "line_by_line": "true", **text_files}
         settings |= {"push_to_hub": True, "hub_token": TOKEN, "logging_steps": 1}
         settings = {name: value for name, value in (settings | changes).items() if value is not None}
         variables = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
         variables |= {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "", **dict(environment)}
-        return run_script(name, flags(**settings), **variables)
+        if not impatient:
+            return run_script(name, flags(**settings), **variables)
+        program = f"import sys, {name} as script; script.HUB_TIMEOUT = 1; script.main(sys.argv[1:])"
+        command = [sys.executable, "-c", program, *flags(**settings)]
+        variables = {**os.environ, **variables, "PYTHONPATH": str(ROOT)}
+        return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=120)
 
     return run
 
@@ -146,19 +159,23 @@ def written_files(folder):
 @pytest.mark.parametrize("name", BOTH)
 def test_the_hub_gets_what_the_run_wrote(hub, push, name, tmp_path):
     folder, named = tmp_path / "my-model", {"hub_model_id": "group/named", "hub_private_repo": "true", "do_eval": True}
-    hub.refused = "/commit/"
+    hub.refused, private = "/commit/", {"_lock"}
     first = push(name, **named)
     check_error(first, ["--push_to_hub", str(folder)])
     weights = (folder / "model.safetensors").read_bytes()
     assert {"config.json", "README.md", "all_results.json"} <= written_files(folder).keys()
     assert hub.files == {}
+    for path in (".env", "data/customers.txt", "other/checkpoint-1/optimizer.pt", "notes.json", "model/x.safetensors"):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("private")
+        private.add(path)
     # The same command again, with nothing left to train; this time the token is in the environment.
     hub.refused = None
     again = push(name, {"HF_TOKEN": TOKEN}, hub_token=None, **named)
     assert again.returncode == 0, again.stderr
     (files,) = hub.files.values()
     assert set(hub.files) == {"group/named"}
-    assert files == {path: content for path, content in written_files(folder).items() if path != "_lock"}
+    assert files == {path: content for path, content in written_files(folder).items() if path not in private}
     assert files["model.safetensors"] == weights
     assert {"model.safetensors", "config.json", "README.md", "tokenizer.json", "all_results.json"} <= files.keys()
     assert any("events" in path for path in files)
@@ -170,6 +187,25 @@ def test_the_hub_gets_what_the_run_wrote(hub, push, name, tmp_path):
     everything = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     everything += [text.encode() for done in (first, again) for text in (done.stdout, done.stderr)]
     assert not any(TOKEN.encode() in content for content in everything)
+
+
+@pytest.mark.parametrize("silent", ["/repos/create", "/commit/"])
+@pytest.mark.parametrize("name", BOTH)
+def test_a_hub_that_does_not_answer_is_one_line(hub, push, name, tmp_path, silent):
+    hub.silent = silent
+    check_error(push(name, impatient=True), ["--push_to_hub", "timed out"])
+    assert (tmp_path / "my-model" / "model.safetensors").exists() == (silent == "/commit/")
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_a_card_names_no_local_path(hub, push, name, tmp_path, text_files):
+    shutil.copytree(tmp_path / "model", tmp_path / "customers" / "base")
+    (tmp_path / "customers" / "data").mkdir()
+    shutil.copy(text_files["train_file"], tmp_path / "customers" / "data" / "train.txt")
+    named = {"dataset_name": tmp_path / "customers" / "data", "train_file": None, "validation_file": None}
+    done = push(name, model_name_or_path=tmp_path / "customers" / "base", **named)
+    assert done.returncode == 0, done.stderr
+    assert b"customers" not in hub.files["me/my-model"]["README.md"]
 
 
 @pytest.mark.parametrize("name", BOTH)

@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from conftest import ROOT, error_line, flags, make_model, optional_module, write_lines
+from safetensors.torch import save_file
 
 import run_mlm
 
@@ -122,6 +123,89 @@ def test_no_token_is_in_an_error(script, model_folder, text_files, tmp_path, cap
     assert "hf_secret" not in line
 
 
+def test_what_looks_like_a_token_is_not_printed(script, capfd):
+    token = "hf_" + "aB3" * 11
+    for arguments in (["--tokn", token], [f"--tokn={token}"], [token], ["--output_dir", "o", "--model_type", token]):
+        assert "aB3" not in error_line(script, arguments, capfd)
+
+
+@pytest.mark.parametrize("flag", ["new_tokens", "train_ref_file"])
+def test_a_file_without_end_is_an_error(script, model_folder, text_files, tmp_path, capfd, flag):
+    line = error_line(script, short_run(model_folder, text_files, tmp_path / "o", **{flag: "/dev/zero"}), capfd)
+    assert line.endswith("/dev/zero: not a regular file")
+
+
+@pytest.mark.pytorch
+def test_weights_without_a_tensor(model_folder, text_files, tmp_path, capfd):
+    save_file({}, f"{model_folder}/model.safetensors", metadata={"format": "pt"})
+    line = error_line(run_mlm, short_run(model_folder, text_files, tmp_path / "output"), capfd)
+    assert f"the model {model_folder}: its files hold no weight" in line
+
+
+@pytest.mark.pytorch
+def test_a_service_without_a_login_is_an_error(model_folder, text_files, tmp_path, capfd, monkeypatch):
+    (tmp_path / "wandb").mkdir()
+    content = "run = None\nclass api: api_key = None\n__version__ = '0.20'\n"
+    (tmp_path / "wandb" / "__init__.py").write_text(content)
+    (tmp_path / "wandb-0.20.dist-info").mkdir()
+    (tmp_path / "wandb-0.20.dist-info" / "METADATA").write_text("Name: wandb\nVersion: 0.20\n")
+    command = [sys.executable, str(ROOT / "run_mlm.py"), *short_run(model_folder, text_files, tmp_path / "o")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for more, words in (
+        ("wandb", "error: --report_to wandb: not logged in"),
+        ("comet_ml", "error: --report_to"),
+        ("", ""),
+    ):
+        given = ["--report_to", more] if more else []
+        done = subprocess.run([*command, *given], env=environment, capture_output=True, text=True)
+        assert (done.returncode, (tmp_path / "o").exists()) == ((2, False) if more else (0, True)), done.stderr
+        assert words in done.stderr and "Traceback" not in done.stderr
+
+
+WATCH = """
+import sys
+import {name} as script
+
+def note(event, args):
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.sendto"):
+        local = event == "socket.connect" and not isinstance(args[1], tuple)
+        print("CONNECTION", event, args[1:] if not local else "", file=sys.stderr) if not local else None
+
+sys.addaudithook(note)
+script.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("kind", ["files", "folder"])
+def test_with_local_inputs_nothing_leaves_the_machine(script, model_folder, text_files, tmp_path, kind):
+    given = text_files
+    if kind == "folder":
+        (tmp_path / "data").mkdir()
+        for split in ("train", "validation"):
+            shutil.copy(text_files[f"{split}_file"], tmp_path / "data" / f"{split}.txt")
+        given = {"dataset_name": tmp_path / "data"}
+    arguments = short_run(model_folder, given, tmp_path / "o", do_eval=True)
+    online = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", WATCH.format(name=script.__name__), *arguments]
+    done = subprocess.run(command, env=online, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "o" / "eval_results.json").exists()
+    assert [line for line in done.stderr.splitlines() if "CONNECTION" in line] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+def test_a_local_data_set_names_no_remote_files(script, tmp_path, name):
+    card = "configs:\n- config_name: a\n  data_files: http://127.0.0.1:9/train.txt\n"
+    (tmp_path / name).write_text(card if name.endswith("yaml") else f"---\n{card}---\nhttps://see.me\n")
+    args = script.parse_args(flags(model_name_or_path="m", output_dir="o", dataset_name=tmp_path))
+    with pytest.raises(script.UserError, match=f"{tmp_path / name} names remote files"):
+        script.load_raw_datasets(*args[:2])
+    url = "http://127.0.0.1:9/train.txt"
+    args = script.parse_args(flags(model_name_or_path="m", output_dir="o", train_file=url))
+    with pytest.raises(script.UserError, match=f"{url}: not a local file"):
+        script.load_raw_datasets(*args[:2])
+
+
 def test_a_folder_that_another_run_writes_to(script, model_folder, text_files, tmp_path, capfd):
     output = tmp_path / "output"
     arguments = short_run(model_folder, text_files, output)
@@ -148,7 +232,7 @@ def test_an_optimizer_that_is_not_installed(model_folder, text_files, tmp_path, 
 def test_lists_in_a_file_say_where_to_report(model_folder, text_files, tmp_path):
     path = tmp_path / "a.json"
     settings = {"model_name_or_path": model_folder, "output_dir": "o", "train_file": text_files["train_file"]}
-    for given, expected in ((["tensorboard"], ["tensorboard"]), ("none", []), (["wandb", "mlflow"],) * 2):
+    for given, expected in ((["tensorboard"], ["tensorboard"]), ("none", []), (None, ["tensorboard"])):
         path.write_text(json.dumps(settings | {"report_to": given}))
         assert run_mlm.parse_args([str(path)])[2].report_to == expected
 
