@@ -19,6 +19,7 @@ Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked
 A accumulated batches, D devices.
 """
 
+import collections
 import contextlib
 import copy
 import csv
@@ -2869,13 +2870,17 @@ class Run:
     step: int = 0
     plan: Optional[RunPlan] = None
     losses: LossSums = field(default_factory=LossSums)
-    unread: list = field(default_factory=list)  # Losses of the latest steps, on the devices.
+    unread: list = field(default_factory=list)  # Losses and notices of the latest steps, on the devices.
+    slots: collections.deque = field(default_factory=collections.deque)  # K of the batches to come; see `batches`.
+    eval_slots: list = field(default_factory=list)  # K of each batch of an evaluation, with several processes.
+    stop_signal: int = 0  # The signal that any process has received, as far as the steps have told.
     log_history: list = field(default_factory=list)
     timer: tuple = (0, 0.0)  # Step and time from which `tokens_per_second` is measured.
 
     def __post_init__(self):
         self.apply_fn = functools.partial(masked_logits, model=self.model)
         self.eval_step = jax.pmap(functools.partial(eval_step, apply_fn=self.apply_fn), "batch")
+        self.largest = jax.pmap(lambda values: lax.pmax(values, "batch"), "batch")
         self.writer = SummaryWriter(os.path.join(self.args.output_dir, "logs")) if self.args.should_log else None
 
     @property
@@ -2909,11 +2914,39 @@ class Run:
             samples, longest = dataset.__getitems__(own_keys), dataset.lengths[[key.index for key in keys]].max()
         length = padded_length(longest, self.max_seq_length)
         batch = self.collator(samples, length=self.max_seq_length if self.pad_to_max_length else length)
-        batch = {name: a.reshape(accumulation, -1, rows, a.shape[-1]).swapaxes(0, 1) for name, a in batch.items()}
-        if self.sparse_head:
-            slots = label_slots(batch["labels"], self.collator.probability(samples[0]["epoch"]))
-            batch |= select_labels(batch["labels"], *largest_of_processes(slots))
-        return batch
+        return {name: a.reshape(accumulation, -1, rows, a.shape[-1]).swapaxes(0, 1) for name, a in batch.items()}
+
+    def needed_slots(self, batch, epoch=0):
+        """Return the K that the labels of this process's part of a batch fit in; 0 for a dense head."""
+        return label_slots(batch["labels"], self.collator.probability(epoch)) if self.sparse_head else 0
+
+    def exchange(self, notice):
+        """Return the largest of each value of the notices of all processes, int32 [D, 2], without waiting for them."""
+        notices = np.tile(np.array(notice, np.int32), (jax.local_device_count(), 1))
+        return self.largest(notices) if jax.process_count() > 1 else notices
+
+    def batches(self, signals):
+        """Yield (batch, notice) for each step to come.
+
+        All processes compile the same step, so they need the same K, the largest one. A notice is [a signal that this
+        process has received, the K that it needs for the batch after the next one]: the notices are exchanged while
+        the devices compute, and `read_steps` reads the largest one step later. So no step waits for an exchange.
+        """
+        sizes = self.args.train_batch_size, self.args.gradient_accumulation_steps
+        made = (self.batch(self.tokenized["train"], keys, *sizes) for keys in self.plan.steps())
+        ahead = collections.deque(itertools.islice(made, 2))
+        self.slots.extend(largest_of_processes(*map(self.needed_slots, ahead)))
+        while ahead:
+            batch, notice = ahead.popleft(), [signals.received, 0]
+            for later in itertools.islice(made, 1):
+                ahead.append(later)
+                notice[1] = self.needed_slots(later)
+            yield select_slots(batch, self.slots.popleft()), notice
+
+
+def select_slots(batch, slots):
+    """Return a batch whose labels are those at `slots` positions: int32 [..., K] in place of [..., B, L]."""
+    return batch | select_labels(batch["labels"], slots) if slots else batch
 
 
 def build_run(model_args, data_args, training_args, model, params, tokenizer, tokenized, max_seq_length):
@@ -2982,14 +3015,13 @@ def train(run, step, checkpoint, signals):
     with signals.defer():
         make_up_evaluation(run, state)
         run.timer = run.step, time.perf_counter()
-        steps = run.plan.steps()
         hidden = args.disable_tqdm or not args.should_log
-        for keys in tqdm(steps, "Training", run.plan.num_steps, initial=run.step, disable=hidden):
-            batch = run.batch(run.tokenized["train"], keys, args.train_batch_size, args.gradient_accumulation_steps)
+        batches = run.batches(signals)
+        for batch, notice in tqdm(batches, "Training", run.plan.num_steps, initial=run.step, disable=hidden):
             loss, state, dropout_rngs = step_fn(state, batch, dropout_rngs)
-            read_losses(run)  # Those of the step before, while the devices compute this one.
+            read_steps(run)  # The step before, while the devices compute this one.
             run.step += 1
-            run.unread.append(loss)
+            run.unread.append((loss, run.exchange(notice)))
             end_step(run, state, schedule, signals)
         replace_old_run(args, trained=run.step > run.plan.first_step)
         write_model(run, state.params, args.output_dir)
@@ -3005,7 +3037,7 @@ def train(run, step, checkpoint, signals):
 
 def end_step(run, state, schedule, signals):
     """Report, evaluate and save what is due; after a signal, save before an evaluation, and exit."""
-    args, (received,) = run.args, largest_of_processes(signals.received)
+    args, received = run.args, run.stop_signal if jax.process_count() > 1 else signals.received
     if run.plan.is_stream:
         run.tokenized["train"].block_at(run.plan.position(run.step).sample)  # Forgets the blocks before.
     if run.step % args.logging_steps == 0 or run.step == run.plan.num_steps:
@@ -3013,7 +3045,7 @@ def end_step(run, state, schedule, signals):
     if should_evaluate(run) and not received:
         evaluate(run, state.params)
     if received or should_run(run, args.save_strategy, args.save_steps):
-        read_losses(run)
+        read_steps(run)
         save_checkpoint(run, state)
     if received:
         multihost_utils.sync_global_devices("saved")
@@ -3045,17 +3077,19 @@ def start_training(run, step, checkpoint):
     return schedule
 
 
-def read_losses(run):
-    """Count the losses of the latest steps; waits for these steps."""
+def read_steps(run):
+    """Count the losses of the latest steps, and take note of what was exchanged with them; waits for these steps."""
     first = run.step - len(run.unread) + 1
-    for step, loss in enumerate(jax.device_get(run.unread), first):
+    for step, (loss, notice) in enumerate(jax.device_get(run.unread), first):
         run.losses.add(float(loss[0]), step)
+        run.stop_signal, slots = notice[0].tolist()
+        run.slots.append(slots)
     run.unread = []
 
 
 def log_losses(run, grad_norm, schedule):
     """Log the mean of the losses since the last report, and what belongs to the last step."""
-    read_losses(run)
+    read_steps(run)
     step, start = run.timer
     samples, seconds = run.plan.num_samples(run.step) - run.plan.num_samples(step), time.perf_counter() - start
     logs = {"loss": run.losses.report(), "grad_norm": float(grad_norm[0])}
@@ -3073,9 +3107,13 @@ def evaluate(run, params):
     batches = [fill_up(batch, rows * jax.device_count()) for batch in batches]
     sums = []
     hidden = run.args.disable_tqdm or not run.args.should_log
-    for keys in tqdm(batches, "Evaluating", leave=False, disable=hidden):
-        batch = {name: array[:, 0] for name, array in run.batch(dataset, keys, rows).items()}
-        sums.append(run.eval_step(params, batch))
+    if jax.process_count() > 1 and not run.eval_slots:  # The masks are the same in each evaluation.
+        needed = (run.needed_slots(run.batch(dataset, keys, rows), EVAL_EPOCH) for keys in batches)
+        run.eval_slots = largest_of_processes(*needed)
+    for i, keys in enumerate(tqdm(batches, "Evaluating", leave=False, disable=hidden)):
+        batch = run.batch(dataset, keys, rows)
+        slots = run.eval_slots[i] if run.eval_slots else run.needed_slots(batch, EVAL_EPOCH)
+        sums.append(run.eval_step(params, {name: array[:, 0] for name, array in select_slots(batch, slots).items()}))
     sums = [jax.tree.map(lambda array: array.addressable_data(0), part) for part in sums]
     sums = {name: sum(np.sum(part[name], dtype=np.float64) for part in jax.device_get(sums)) for name in sums[0]}
     metrics = mean_metrics(sums["loss"], sums["accuracy"], sums["normalizer"])

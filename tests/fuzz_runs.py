@@ -227,7 +227,7 @@ class Case:
     def read_ahead(self):
         """Return how many samples may be made ready between a signal and the end of the step, and by loader workers."""
         batch, workers = self.settings["train_batch_size"], self.settings.get("dataloader_num_workers", 0)
-        return batch * (2 * self.settings["gradient_accumulation_steps"] + 3 * workers + 1)
+        return batch * (4 * self.settings["gradient_accumulation_steps"] + 3 * workers + 1)
 
     def start(self, output, script=None, way=None, **changes):
         """Start a run of the settings with some changes and return its processes; `way` is how steps are split."""

@@ -51,8 +51,8 @@ def test_one_compilation_for_each_shape(arguments, compiled, caplog, tmp_path):
     arguments = [*arguments, "--train_file", lines, "--line_by_line", "--group_by_length", "--train_batch_size", "2"]
     counts, log = [], run_mlm_flax.Run.log
 
-    def record(run, logs):
-        log(run, logs)
+    def record(run, *logs):
+        log(run, *logs)
         counts.append(len(compiled()))
 
     with mock.patch.object(run_mlm_flax.Run, "log", record):
@@ -70,6 +70,7 @@ def test_at_most_six_lengths_in_line_by_line_mode(arguments):
     shapes, lengths = set(), set()
     for keys in run.plan.steps():  # Three epochs, whose last batches are not full.
         batch = run.batch(run.tokenized["train"], keys, 3)
+        batch = run_mlm_flax.select_slots(batch, run.needed_slots(batch))
         shapes.add(tuple(array.shape for array in batch.values()))
         lengths.add(batch["input_ids"].shape[-1])
     assert 1 < len(lengths) <= 6
@@ -98,6 +99,7 @@ def test_no_step_has_logits_of_all_positions(arguments, dense_head):
     run = set_up(run_mlm_flax, [*arguments, "--max_steps", "1", "--dense_head", dense_head])
     full = ROWS * LENGTH * run.model.config.vocab_size
     batch = run.batch(run.tokenized["train"], next(run.plan.steps()), ROWS)
+    batch = run_mlm_flax.select_slots(batch, run.needed_slots(batch))
     optimizer = run_mlm_flax.TrainState.create(
         apply_fn=run.apply_fn,
         params=run.params,

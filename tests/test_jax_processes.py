@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -31,7 +32,12 @@ encode = run_mlm_flax.encode_texts  # Counting would change its key in the cache
 run_mlm_flax.encode_texts = lambda *args, **settings: print("encodes") or encode(*args, **settings)
 stop_at, batch = int(os.environ.get("STOP_AT", 0)), run_mlm_flax.Run.batch
 fault, load, sleep = os.environ.get("FAULT"), run_mlm_flax.load_raw_datasets, time.sleep
-batches = []
+batches, exchanges, allgather = [], [], run_mlm_flax.multihost_utils.process_allgather
+
+
+def noted_allgather(*args, **settings):
+    exchanges.append(args)
+    return allgather(*args, **settings)
 
 
 def watched(*args):
@@ -70,12 +76,13 @@ def full_disk(*args, **kwargs):
 
 
 run_mlm_flax.Run.batch, run_mlm_flax.load_raw_datasets, time.sleep = watched, load_late, noted_sleep
+run_mlm_flax.multihost_utils.process_allgather = noted_allgather
 if fault == "full disk":
     run_mlm_flax.save_file = full_disk
 try:
     run_mlm_flax.main()
 finally:
-    print(f"collated {len(collated)}", flush=True)
+    print(f"exchanges {len(exchanges)}, collated {len(collated)}", flush=True)
 """
 
 
@@ -206,10 +213,12 @@ def test_two_processes_train_as_one(material, tmp_path, devices, settings):
     assert "INFO" not in done[1][1]
     counts = [int(output.split("collated ")[1]) for _, output, _ in done]
     eval_steps = -(-read_json(tmp_path / "alone-1", "eval_results.json")["eval_samples"] // 16)
-    tried = 2 + 3  # The sparse head, on two samples, and the predictions for three.
-    assert counts == [8 * (STEPS + eval_steps) + tried] * 2
-    # A text for each split, which prepares the tokenizer, and the two splits, which process 1 finds in the cache.
-    assert [output.count("encodes") for _, output, _ in done] == [4, 2]
+    # The evaluation is counted before it is made, and three samples are shown.
+    assert counts == [8 * (STEPS + 2 * eval_steps) + 3] * 2
+    # Where they meet, before the first step, at the end of the training, before the evaluation: none in a step.
+    assert [int(re.search(r"exchanges (\d+)", output)[1]) for _, output, _ in done] == [4, 4]
+    # Process 1 finds both splits in the cache.
+    assert [output.count("encodes") for _, output, _ in done] == [2, 0]
 
 
 def test_a_signal_to_one_stops_both_and_they_resume(material, tmp_path):

@@ -37,7 +37,7 @@ def evaluations(output):
 @pytest.fixture
 def signal_in_step(script, monkeypatch):
     """A function that has a signal sent while a step is computed, once."""
-    place, name = (run_mlm.MaskedLMTrainer, "training_step") if script is run_mlm else (run_mlm_flax, "read_losses")
+    place, name = (run_mlm.MaskedLMTrainer, "training_step") if script is run_mlm else (run_mlm_flax, "read_steps")
     function, sent = getattr(place, name), []
 
     def install(step, number=signal.SIGTERM):
