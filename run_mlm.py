@@ -157,6 +157,7 @@ IGNORED_LABEL = -100
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
 EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
+EVAL_SEED = 0  # Whatever --seed is: runs with several seeds are measured by the same masks.
 ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other numbers than masks do.
 
 
@@ -1511,7 +1512,7 @@ class MaskingCollator:
         inputs, labels = mask_tokens(
             ids,
             np.asarray(sample.get("special_tokens_mask", self.is_special[ids]), bool),
-            sample_generator(self.seed, epoch, index),
+            sample_generator(EVAL_SEED if epoch == EVAL_EPOCH else self.seed, epoch, index),
             self.mask_token_id,
             self.vocab_size,
             self.probability(epoch, sample.get("progress", 0.0)),

@@ -202,6 +202,7 @@ IGNORED_LABEL = -100
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
 EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
+EVAL_SEED = 0  # Whatever --seed is: runs with several seeds are measured by the same masks.
 ENDING = threading.Lock()  # Taken by the thread that ends the process.
 ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other numbers than masks do.
 
@@ -1511,7 +1512,7 @@ class MaskingCollator:
         inputs, labels = mask_tokens(
             ids,
             np.asarray(sample.get("special_tokens_mask", self.is_special[ids]), bool),
-            sample_generator(self.seed, epoch, index),
+            sample_generator(EVAL_SEED if epoch == EVAL_EPOCH else self.seed, epoch, index),
             self.mask_token_id,
             self.vocab_size,
             self.probability(epoch, sample.get("progress", 0.0)),
@@ -3158,6 +3159,8 @@ def save_checkpoint(run, state):
 def trainer_state(run):
     """Return what the Trainer writes to `trainer_state.json`, as far as this loop has it."""
     state = {**run.epoch, "global_step": run.step, "max_steps": 0, "log_history": run.log_history}
+    for name in ("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size"):
+        state[name] = getattr(run.args, name)
     if run.plan:
         state["max_steps"] = run.plan.num_steps
         state["stateful_callbacks"] = {"run": run_state(run.plan, run.losses, run.settings, run.step)}

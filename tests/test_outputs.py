@@ -34,6 +34,14 @@ def runs():
     }
 
 
+@pytest.mark.flax
+@pytest.mark.pytorch
+def test_readers_of_the_trainers_state_find_the_settings(runs):
+    names = ("logging_steps", "eval_steps", "save_steps", "train_batch_size", "max_steps", "global_step", "epoch")
+    states = [read_json(folder, "trainer_state.json") for folder, _ in runs.values()]
+    assert [states[0][name] for name in names] == [states[1][name] for name in names]
+
+
 @pytest.mark.parametrize("name", BOTH)
 def test_all_files_follow_the_umask(runs, name):
     modes = {path.name: path.stat().st_mode & 0o777 for path in runs[name][0].rglob("*") if path.is_file()}

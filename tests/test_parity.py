@@ -149,9 +149,9 @@ def test_every_sample_counts(script, model_folder, tmp_path, settings):
     assert before["eval_loss"] != pytest.approx(after["eval_loss"], rel=1e-6)
 
 
-def test_the_seed_draws_the_masks(model_folder, validation_file, tmp_path):
-    losses = {evaluate(run_mlm, model_folder, validation_file, tmp_path, seed=seed)["eval_loss"] for seed in (1, 2, 3)}
-    assert len(losses) == 3
+def test_an_evaluation_has_the_same_masks_whatever_the_seed(script, model_folder, validation_file, tmp_path):
+    losses = {evaluate(script, model_folder, validation_file, tmp_path, seed=seed)["eval_loss"] for seed in (1, 2)}
+    assert len(losses) == 1
 
 
 def test_label_smoothing_reaches_the_loss(script, model_folder, tmp_path):
