@@ -125,6 +125,23 @@ UNUSABLE = {
     "a signal always ends the run with a checkpoint": "enable_jit_checkpoint",
     "the Trainer's debugging fails at masks, or at a head without rows": "debug",
 }
+# Flags that Transformers has dropped, and what to give instead.
+FORMER_FLAGS = {
+    "adafactor": "--optim",
+    "evaluation_strategy": "--eval_strategy",
+    "fsdp_min_num_params": "--fsdp_config",
+    "fsdp_transformer_layer_cls_to_wrap": "--fsdp_config",
+    "include_tokens_per_second": "nothing, tokens_per_second is always logged",
+    "logging_dir": "nothing, logs are in --output_dir",
+    "no_cuda": "--use_cpu",
+    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "push_to_hub_model_id": "--hub_model_id",
+    "push_to_hub_token": "--hub_token",
+    "save_safetensors": "nothing, weights are always safetensors",
+    "torchdynamo": "--torch_compile_backend",
+    "warmup_ratio": "--warmup_steps",
+}
 FILE_FORMATS = "txt", "csv", "tsv", "json", "jsonl", "parquet"
 ENCODE_BATCH = 1000  # Texts that are joined together, and at most tokenized in one call.
 CALL_LENGTH = 500_000  # Characters of one call of the tokenizer, which needs about 50 bytes for each.
@@ -356,8 +373,7 @@ class ArgumentParser(HfArgumentParser):
             setattr(namespace, name, expand_home(value))
         if unknown:
             flag = unknown[0].split("=")[0]
-            closest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8)
-            self.error(f"unknown argument {flag}" + (f"; did you mean {closest[0]}?" if closest else ""))
+            self.error(f"unknown argument {flag}{self.advice(flag)}")
         for interval, names in INTERVALS.items():
             low, high = map(float, interval[1:-1].split(","))
             for flag in (f"--{name}" for name in names.split() if f"--{name}" in self._option_string_actions):
@@ -366,6 +382,14 @@ class ArgumentParser(HfArgumentParser):
                 if value is not None and not (low < value < high or closed):
                     self.error(f"{flag} {value} is outside {interval}")
         return namespace, unknown
+
+    def advice(self, flag):
+        """Return what to give instead of an unknown flag, as the end of an error message."""
+        instead, known = FORMER_FLAGS.get(flag.removeprefix("--")), self._option_string_actions
+        if instead and (instead in known or not instead.startswith("--")):
+            return f"; instead: {instead}"
+        closest = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
+        return f"; did you mean {closest[0]}?" if closest else ""
 
     def make_groups(self, values):
         """Return the argument groups with the values {name: value}."""

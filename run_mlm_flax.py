@@ -172,6 +172,23 @@ INTERVALS = {
     "(0, 1]": "mlm_probability final_mlm_probability eval_mlm_probability",
     "[0, 1]": "mask_replace_prob random_replace_prob",
 }
+# Flags that Transformers has dropped, and what to give instead.
+FORMER_FLAGS = {
+    "adafactor": "--optim",
+    "evaluation_strategy": "--eval_strategy",
+    "fsdp_min_num_params": "--fsdp_config",
+    "fsdp_transformer_layer_cls_to_wrap": "--fsdp_config",
+    "include_tokens_per_second": "nothing, tokens_per_second is always logged",
+    "logging_dir": "nothing, logs are in --output_dir",
+    "no_cuda": "--use_cpu",
+    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "push_to_hub_model_id": "--hub_model_id",
+    "push_to_hub_token": "--hub_token",
+    "save_safetensors": "nothing, weights are always safetensors",
+    "torchdynamo": "--torch_compile_backend",
+    "warmup_ratio": "--warmup_steps",
+}
 FILE_FORMATS = "txt", "csv", "tsv", "json", "jsonl", "parquet"
 ENCODE_BATCH = 1000  # Texts that are joined together, and at most tokenized in one call.
 CALL_LENGTH = 500_000  # Characters of one call of the tokenizer, which needs about 50 bytes for each.
@@ -378,8 +395,7 @@ class ArgumentParser(HfArgumentParser):
             setattr(namespace, name, expand_home(value))
         if unknown:
             flag = unknown[0].split("=")[0]
-            closest = difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8)
-            self.error(f"unknown argument {flag}" + (f"; did you mean {closest[0]}?" if closest else ""))
+            self.error(f"unknown argument {flag}{self.advice(flag)}")
         for interval, names in INTERVALS.items():
             low, high = map(float, interval[1:-1].split(","))
             for flag in (f"--{name}" for name in names.split() if f"--{name}" in self._option_string_actions):
@@ -388,6 +404,14 @@ class ArgumentParser(HfArgumentParser):
                 if value is not None and not (low < value < high or closed):
                     self.error(f"{flag} {value} is outside {interval}")
         return namespace, unknown
+
+    def advice(self, flag):
+        """Return what to give instead of an unknown flag, as the end of an error message."""
+        instead, known = FORMER_FLAGS.get(flag.removeprefix("--")), self._option_string_actions
+        if instead and (instead in known or not instead.startswith("--")):
+            return f"; instead: {instead}"
+        closest = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
+        return f"; did you mean {closest[0]}?" if closest else ""
 
     def make_groups(self, values):
         """Return the argument groups with the values {name: value}."""
@@ -1771,8 +1795,9 @@ class BertLayer(Part):
 
 
 def select(hidden, positions):
-    """Return [K, H] of `hidden: [B, L, H]` at `positions: int [K]` in B * L."""
-    return hidden.reshape(-1, hidden.shape[-1])[positions]
+    """Return [K, H] of `hidden: [B, L, H]` at `positions: int [K]` in B * L, each of which is named once."""
+    rows = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)  # Adding to bfloat16 is slow on a GPU.
+    return rows.at[positions].get(unique_indices=True).astype(hidden.dtype)
 
 
 class MaskedLM(Part):
@@ -1788,7 +1813,8 @@ class MaskedLM(Part):
     def words(self, input_ids, width):
         """Return (table float32 [V, width], embeddings float32 [B, L, width])."""
         config, names = self.config, FAMILIES[self.config.model_type]
-        table = self.table(config.vocab_size, width, f"{names['base']}.{names['words']}", config.pad_token_id)
+        zeros = None if config.model_type == "modernbert" else config.pad_token_id  # Not zeros there in PyTorch either.
+        table = self.table(config.vocab_size, width, f"{names['base']}.{names['words']}", zeros)
         return table, look_up(table, input_ids, config.pad_token_id)
 
     def decode(self, hidden, table, bias=True, scale=1.0):
@@ -1977,8 +2003,27 @@ def load_model(model_args, config, tokenizer, training_args, new_tokens=None, ch
 def create_model(config, training_args):
     """Return the model of a configuration, without parameters."""
     kind = FlaxModernBertForMaskedLM if config.model_type == "modernbert" else FlaxBertForMaskedLM
-    dtype = jnp.bfloat16 if training_args.bf16 else jnp.float32
-    return kind(config, dtype, gradient_checkpointing=training_args.gradient_checkpointing)
+    dtype, attention = (jnp.bfloat16, fused_attention()) if training_args.bf16 else (jnp.float32, None)
+    return kind(config, dtype, attention, training_args.gradient_checkpointing)
+
+
+@functools.cache
+def fused_attention():
+    """Return the name of JAX's fused attention for bfloat16, or None where it does not run: it needs an NVIDIA GPU."""
+    if jax.default_backend() != "gpu":
+        return None
+
+    def total(inputs):
+        mask = jnp.ones((1, 1, *inputs.shape[1:2] * 2), bool)
+        return jax.nn.dot_product_attention(inputs, inputs, inputs, mask=mask, implementation="cudnn").sum()
+
+    try:
+        inputs = np.ones((jax.local_device_count(), 1, 64, 1, 64), jnp.bfloat16)
+        jax.block_until_ready(jax.pmap(jax.grad(total))(inputs))
+    except Exception as error:  # Of the card, the driver or cuDNN: which they must be is documented nowhere.
+        logger.warning(f"Attention is not fused on this GPU: {str(error).splitlines()[0]}")
+        return None
+    return "cudnn"
 
 
 def vocabulary_names(config):
@@ -2211,7 +2256,9 @@ def cross_entropy(logits, targets, weights=None, label_smoothing=0.0):
     """
     check_shapes(logits, targets)
     logits = logits.astype(jnp.float32)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    # Not by indices, whose gradient would be a scatter into zeros as large as the logits.
+    is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
+    loss = jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_target, logits, 0).sum(-1)
     if label_smoothing > 0:
         confidence, low = 1.0 - label_smoothing, label_smoothing / (logits.shape[-1] - 1)
         lowest = -(confidence * math.log(confidence) + label_smoothing * math.log(low))

@@ -1,24 +1,14 @@
 """An original TensorFlow checkpoint of BERT is converted. Run by its name, where tensorflow-cpu is installed."""
 
 import re
-import subprocess
-import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import ROOT, flags, make_config, make_tokenizer, read_json, run_script, sentences, write_lines
+from conftest import flags, make_config, make_tokenizer, read_json, run_script, sentences, write_lines
 
 LAYERS = 2
-# In a process of its own, as for a user: what Transformers does depends on TensorFlow from its first import on.
-LOAD = """
-import sys, run_mlm
-*line, folder = sys.argv[1:]
-model_args, _, training_args = run_mlm.parse_args(line)
-tokenizer = run_mlm.load_tokenizer(model_args)
-config = run_mlm.load_config(model_args, tokenizer)
-run_mlm.load_model(model_args, config, tokenizer, training_args).save_pretrained(folder)
-"""
 
 
 def google_variable(name, value):
@@ -78,18 +68,22 @@ def command_line(folder, name, tmp_path):
         max_steps=2,
         learning_rate=1e-6,
         max_seq_length=32,
-        use_cpu=True,
     )
 
 
 @pytest.mark.parametrize("name", ["model.ckpt.index", "model.ckpt"])
-def test_the_weights_are_those_of_the_checkpoint(checkpoint, tmp_path, name):
+def test_the_weights_are_those_of_the_checkpoint(script, checkpoint, tmp_path, name):
     folder, expected = checkpoint
-    command = [sys.executable, "-c", LOAD, *command_line(folder, name, tmp_path), tmp_path / "loaded"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "loaded").eval()
+    model_args, _, training_args = script.parse_args(command_line(folder, name, tmp_path))
+    tokenizer = script.load_tokenizer(model_args)
+    model = script.load_model(model_args, script.load_config(model_args, tokenizer), tokenizer, training_args)
     weights = expected.state_dict()
+    if script.__name__ == "run_mlm_flax":
+        found = script.pytorch_weights(model[1], model[0].config)
+        for key, value in found.items():
+            assert np.array_equal(value, weights[key].numpy()), key
+        assert len(found) == 5 + 16 * LAYERS + 5  # Embeddings, layers and head, without pooler and second head.
+        return
     for key, value in model.state_dict().items():
         assert torch.equal(value, weights[key]), key
     input_ids = torch.randint(5, model.config.vocab_size, (3, 20))
@@ -97,9 +91,9 @@ def test_the_weights_are_those_of_the_checkpoint(checkpoint, tmp_path, name):
         torch.testing.assert_close(model(input_ids).logits, expected(input_ids).prediction_logits)
 
 
-def test_training_starts_from_the_checkpoint(checkpoint, tmp_path):
+def test_training_starts_from_the_checkpoint(script, checkpoint, tmp_path):
     folder, expected = checkpoint
-    done = run_script("run_mlm", command_line(folder, "model.ckpt.index", tmp_path))
+    done = run_script(script.__name__, command_line(folder, "model.ckpt.index", tmp_path))
     assert done.returncode == 0, done.stderr
     assert read_json(tmp_path, "output", "trainer_state.json")["global_step"] == 2
     model = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "output")

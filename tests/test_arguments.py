@@ -313,3 +313,25 @@ def test_overwriting_the_output(run, tmp_path):
     assert "--overwrite_output_dir" in run(report_to="none")[1]
     rates, _ = run(report_to="none", overwrite_output_dir=True)
     assert len(rates) == STEPS
+
+
+# Flags of former releases of Transformers that this one has dropped.
+FORMER = [
+    ("evaluation_strategy", "--eval_strategy", "--eval_strategy"),
+    ("warmup_ratio", "--warmup_steps", "--warmup_steps"),
+    ("per_gpu_train_batch_size", "--per_device_train_batch_size", "--per_device_train_batch_size"),
+    ("push_to_hub_token", "--hub_token", "--hub_token"),
+    ("no_cuda", "--use_cpu", None),
+    ("adafactor", "--optim", None),
+    ("logging_dir", "nothing, logs are in --output_dir", "nothing, logs are in --output_dir"),
+    ("save_safetensors", "nothing, weights are always safetensors", "nothing, weights are always safetensors"),
+]
+
+
+@pytest.mark.parametrize(("flag", "instead", "in_flax"), FORMER)
+def test_a_flag_that_transformers_has_dropped_names_the_new_one(script, flag, instead, in_flax):
+    instead = instead if script.__name__ == "run_mlm" else in_flax
+    with pytest.raises(script.UserError) as caught:
+        script.parse_args(flags(model_name_or_path="m", output_dir="o", train_file=__file__, **{flag: 1}))
+    message = f"unknown argument --{flag}"
+    assert str(caught.value) == (f"{message}; instead: {instead}" if instead else message)
