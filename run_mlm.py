@@ -913,7 +913,7 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
 
     def complete(values, before, after):
         first = max(0, len(values) - room) if tokenizer.truncation_side == "left" else 0
-        return np.concatenate([before, values[first : first + room], after]).astype(values.dtype)
+        return np.concatenate([before, values[first : first + room], after], dtype=values.dtype)
 
     for part in bounded_parts(texts, most):
         kept = [item for item in part if not line_by_line or (item[0] and not item[0].isspace())]

@@ -178,7 +178,7 @@ def make_valid(settings, rng):
     """Change settings that contradict each other."""
     if settings.get("streaming"):
         settings["preprocessing_num_workers"] = None
-        settings["max_val_samples"] = settings["max_val_samples"] or 11  # Texts of the stream, maybe.
+        settings["max_val_samples"] = settings["max_val_samples"] or 11  # Maybe the first samples of the stream.
     if settings.get("metric_for_best_model"):
         settings |= {"do_eval": "true", "eval_delay": None}
         if settings["eval_strategy"] == "no":

@@ -196,6 +196,7 @@ def try_bugs(script, only, folder):
     """Yield what is wrong with a bug in each function, or None; at the end, the functions that no run calls."""
     settings, source, name = make_files(folder), Path(script.__file__).read_text(encoding="utf-8"), script.__name__
     tiny = {**settings, "do_train": True, "do_eval": True, "model_name_or_path": None, "dropout_rate": 0.1}
+    tiny["eval_mlm_probability"] = 0.5  # Its validation data is a single text.
     tiny |= {"config_name": settings["model_name_or_path"], "tokenizer_name": settings["model_name_or_path"]}
     runs = [  # Together, they call almost every function.
         {**settings, **ADAPTED, "new_tokens": folder / "tokens.txt"},
