@@ -135,11 +135,10 @@ def test_a_file_without_end_is_an_error(script, model_folder, text_files, tmp_pa
     assert line.endswith("/dev/zero: not a regular file")
 
 
-@pytest.mark.pytorch
-def test_weights_without_a_tensor(model_folder, text_files, tmp_path, capfd):
+def test_weights_without_a_tensor(script, model_folder, text_files, tmp_path, capfd):
     save_file({}, f"{model_folder}/model.safetensors", metadata={"format": "pt"})
-    line = error_line(run_mlm, short_run(model_folder, text_files, tmp_path / "output"), capfd)
-    assert f"the model {model_folder}: its files hold no weight" in line
+    line = error_line(script, short_run(model_folder, text_files, tmp_path / "output"), capfd)
+    assert f"the model {model_folder}" in line and "no weight" in line
 
 
 @pytest.mark.pytorch
