@@ -280,7 +280,6 @@ class TrainingArguments(transformers.TrainingArguments):
         self.dataloader_pin_memory &= torch.accelerator.is_available()
         if self.dataloader_num_workers is None:
             self.dataloader_num_workers = 0 if self.use_cpu else default_workers()
-        self.ddp_broadcast_buffers = bool(self.ddp_broadcast_buffers)  # By default not: they are constants.
         self.remove_unused_columns = False  # The collator needs the epoch and index of a sample.
         self.logging_nan_inf_filter = False  # `training_step` raises an error instead.
         if self.disable_tqdm is None:
@@ -1992,9 +1991,6 @@ class MaskedLMTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None):
         return StepSampler(self.plan)  # There is no public way to give a sampler.
 
-    def _get_eval_sampler(self, eval_dataset):
-        return torch.utils.data.SequentialSampler(eval_dataset)  # Not by length: masks and metrics go by index.
-
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_signals
@@ -2074,8 +2070,8 @@ class MaskedLMTrainer(Trainer):
     def read_steps(self, all_but=0):
         """Count the losses of the steps that are not read yet; waits for these steps."""
         while len(self.unread) > all_but:
-            step, copy = self.unread.pop(0)
-            loss, *counts = copy.read()
+            step, sums = self.unread.pop(0)
+            loss, *counts = sums.read()
             self.losses.add(loss / self.args.world_size, step)
             self.stop_signal = max(number * (count > 0) for number, count in zip(STOP_SIGNALS, counts))
 
