@@ -205,7 +205,7 @@ def test_one_process_prepares_logs_and_writes_and_both_resume(work, alone):
     assert done.returncode == 0, logs
     assert losses(work / "output") == alone
     assert "(batch 4, accumulation 1, devices 2)" in logs["0stdout"]
-    assert "'grad_norm'" in logs["0stdout"]
+    assert "step 6 of 6 (100%" in logs["0stdout"]
     assert logs["1stdout"] == "" and "%|" not in logs["1stderr"]
     noted = {path.name for path in work.glob("*-[01]")}
     assert noted == {"encode_texts-0", "encode_texts-1", "save_to_json-0"}
