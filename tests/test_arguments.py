@@ -201,11 +201,13 @@ def test_a_tilde_is_the_users_folder_in_every_path(script, write_config, tmp_pat
 
 def test_lists_and_nested_objects_in_a_file_reach_the_trainer(required, write_config):
     run_mlm = importlib.import_module("run_mlm")
-    path = write_config({**required, "report_to": ["wandb", "mlflow"], "lr_scheduler_kwargs": {"num_cycles": 2}})
+    path = write_config(
+        {**required, "report_to": ["tensorboard", "tensorboard"], "lr_scheduler_kwargs": {"num_cycles": 2}}
+    )
     settings = parse_checked(run_mlm, [path])
-    assert settings["report_to"] == ["wandb", "mlflow"]
+    assert settings["report_to"] == ["tensorboard", "tensorboard"]
     assert settings["lr_scheduler_kwargs"] == {"num_cycles": 2}
-    assert parse_checked(run_mlm, [path, "--report_to", "wandb"])["report_to"] == ["wandb"]
+    assert parse_checked(run_mlm, [path, "--report_to", "tensorboard"])["report_to"] == ["tensorboard"]
 
 
 @pytest.mark.flax
