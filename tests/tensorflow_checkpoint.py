@@ -88,7 +88,7 @@ def test_the_weights_are_those_of_the_checkpoint(script, checkpoint, tmp_path, n
         assert torch.equal(value, weights[key]), key
     input_ids = torch.randint(5, model.config.vocab_size, (3, 20))
     with torch.no_grad():
-        torch.testing.assert_close(model(input_ids).logits, expected(input_ids).prediction_logits)
+        torch.testing.assert_close(model.eval()(input_ids).logits, expected(input_ids).prediction_logits)
 
 
 def test_training_starts_from_the_checkpoint(script, checkpoint, tmp_path):
