@@ -38,6 +38,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -64,7 +65,7 @@ import torch
 import transformers
 import yaml
 from datasets.iterable_dataset import ArrowExamplesIterable
-from huggingface_hub import HfApi, set_client_factory
+from huggingface_hub import EvalResult, HfApi, ModelCardData, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from safetensors import SafetensorError
 from torch.nn.functional import cross_entropy
@@ -168,6 +169,7 @@ PUBLISHED = (
     *("added_tokens.json", "chat_template.jinja", "training_args.bin", "runs/*events.out.tfevents.*"),
     *("logs/*events.out.tfevents.*", *RESULTS),
 )
+SECRETS = "token", "use_auth_token", "hub_token"  # Settings that are written nowhere.
 HUB_TIMEOUT = 60  # Seconds that a server of the hub may be silent.
 MAX_CAUSE = 400  # Characters of a library's message that an error line shows.
 IGNORED_LABEL = -100
@@ -450,6 +452,8 @@ def parse_args(argv=None):
     except Exception:
         with user_errors(parser.find_wrong_flag(values)):
             groups = parser.make_groups(values)
+    given = {name: value for name, value in values.items() if value != parser.get_default(name)}
+    groups[2].given = {name: value for name, value in given.items() if name not in SECRETS}  # For the model card.
     check_args(*groups)
     return groups
 
@@ -2040,6 +2044,9 @@ class MaskedLMTrainer(Trainer):
     def _load_rng_state(self, checkpoint):
         pass  # No random number depends on what was drawn before.
 
+    def create_model_card(self, *args, **kwargs):
+        """Leave the card to `write_card`."""
+
     def get_decay_parameter_names(self, model):
         """Return the names of all weights but biases and norms, whatever the modules are called."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
@@ -2261,7 +2268,7 @@ def note_old_run(checkpoint, own, *groups):
     """
     args, folder = groups[-1], groups[-1].output_dir
     folders, flags = checkpoint_folders(folder), flag_paths(groups)
-    args.old_run = [path for name in RESULTS if os.path.isfile(path := os.path.join(folder, name))]
+    args.old_run = [path for name in (*RESULTS, "arguments.json") if os.path.isfile(path := os.path.join(folder, name))]
     if not own:
         for charts in ("logs", "runs", "runs/*"):
             args.old_run += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
@@ -2620,17 +2627,15 @@ def show_predictions(trainer):
         logger.warning(str(error))
 
 
-def publish(trainer, model_args, data_args):
+def publish(trainer, groups, metrics):
     """Write the model card and, with `--push_to_hub`, upload the model, its card and the results."""
-    base, dataset = model_args.model_name_or_path, data_args.dataset_name
-    card = {"tasks": "fill-mask", "tags": ["masked-language-modeling"]}
-    card["dataset"] = dataset and os.path.basename(os.path.abspath(dataset)) if is_local(dataset or "") else dataset
-    card["finetuned_from"] = None if is_local(base or "") else base
-    trainer.model.config._name_or_path = trainer.args.output_dir  # The card would take it for the base model.
-    trainer.create_model_card(**card)
+    if trainer.args.should_save:
+        tokenized = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
+        tokenized = {split: data for split, data in tokenized.items() if data is not None}
+        write_card(trainer.settings, groups, tokenized, trainer.state.log_history, metrics)
     if trainer.args.push_to_hub:
         with user_errors(f"--push_to_hub failed; the model is saved in {trainer.args.output_dir}"):
-            trainer.push_to_hub(**card)
+            trainer.push_to_hub()
 
 
 @contextlib.contextmanager
@@ -2677,6 +2682,74 @@ def hub_client():
     return client
 
 
+def write_card(order_settings, groups, tokenized, history, metrics):
+    """Write the model card, and `arguments.json`, which makes the run again as the first argument of the script.
+
+    The card is public: it names no folder of this machine. `history` is the log history.
+    """
+    model_args, data_args, args = groups
+    base, dataset, script = model_args.model_name_or_path, data_args.dataset_name, Path(__file__).name
+    name = os.path.basename(os.path.abspath(args.hub_model_id or args.output_dir))
+    source = public_name(dataset or data_args.validation_file or data_args.train_file)
+    results = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
+    found = {kind: metrics[key] for kind, key in results.items() if math.isfinite(metrics.get(key, math.inf))}
+    card = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=["masked-language-modeling"],
+        base_model=None if is_local(base or "") else base,
+        datasets=None if is_local(dataset or "") else dataset,
+        eval_results=[EvalResult("fill-mask", source, source, kind, value) for kind, value in found.items()] or None,
+    )
+    origin = f"It started from {public_name(base)}" if base else "It started with random weights"
+    files = {"train": data_args.train_file, "validation": data_args.validation_file or data_args.train_file}
+    sizes = [
+        f"- {split}: {public_name(dataset or files[split])}, {describe_split(tokenized[split])}" for split in tokenized
+    ]
+    keys = "mlm_probability mask_replace_prob random_replace_prob learning_rate lr_scheduler_type weight_decay".split()
+    settings = {key: getattr(data_args, key, getattr(args, key, None)) for key in keys}
+    settings["lr_scheduler_type"] = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    settings |= {**order_settings, "global_batch_size": args.global_batch_size, "steps": history[-1]["step"]}
+    evaluated = [entry for entry in history if "eval_loss" in entry]
+    evaluations = [[entry["step"], *(entry[f"eval_{kind}"] for kind in results)] for entry in evaluated]
+    words = [f"--{key}={public_name(value)}" for key, value in args.given.items()]
+    sections = [
+        f"---\n{card.to_yaml()}\n---\n\n# {name}\n\nA masked language model, trained with `{script}`. {origin}.",
+        "\n".join(f"- {kind}: {value:.4g}" for kind, value in found.items()),
+        "## Data\n\n" + "\n".join(sizes),
+        "## Settings\n\n" + table(["setting", "value"], settings.items()),
+        "## Evaluations\n\n" + table(["step", *results], evaluations),
+        f"## Command\n\n    {shlex.join(['python', script, *words])}",
+    ]
+    with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:
+        file.write("\n\n".join(filter(None, sections)) + "\n")
+    with open(os.path.join(args.output_dir, "arguments.json"), "w", encoding="utf-8") as file:
+        json.dump(args.given, file, indent=2, ensure_ascii=False)
+
+
+def table(names, rows):
+    """Return a Markdown table."""
+    lines = [names, ["---"] * len(names), *rows]
+    cells = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def describe_split(dataset):
+    """Return the size of a split in words."""
+    if isinstance(dataset, StreamedDataset):
+        return f"a stream, of which {dataset.num_samples:,} samples with {dataset.num_tokens:,} tokens were read"
+    return f"{len(dataset):,} samples, {dataset.lengths.sum():,} tokens"
+
+
+def public_name(value):
+    """Return a setting for a public card: of a file or folder of this machine, only its own name."""
+    if isinstance(value, list):
+        return " ".join(map(public_name, value))
+    value = str(value)
+    return os.path.basename(os.path.abspath(value)) if os.path.sep in value and is_local(value) else value
+
+
 def published_files(tokenizer):
     """Return patterns of the files of an output folder that an upload sends."""
     return [*PUBLISHED, *tokenizer.vocab_files_names.values()]
@@ -2721,7 +2794,7 @@ def main(argv=None):
         if training_args.do_eval:
             metrics |= evaluate(trainer)
         if training_args.do_train:
-            publish(trainer, model_args, data_args)
+            publish(trainer, (model_args, data_args, training_args), metrics)
         return metrics
 
 

@@ -36,6 +36,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -213,6 +214,7 @@ PUBLISHED = (
     *("added_tokens.json", "chat_template.jinja", "training_args.bin", "runs/*events.out.tfevents.*"),
     *("logs/*events.out.tfevents.*", *RESULTS),
 )
+SECRETS = "token", "use_auth_token", "hub_token"  # Settings that are written nowhere.
 HUB_TIMEOUT = 60  # Seconds that a server of the hub may be silent.
 MAX_CAUSE = 400  # Characters of a library's message that an error line shows.
 IGNORED_LABEL = -100
@@ -473,6 +475,8 @@ def parse_args(argv=None):
     except Exception:
         with user_errors(parser.find_wrong_flag(values)):
             groups = parser.make_groups(values)
+    given = {name: value for name, value in values.items() if value != parser.get_default(name)}
+    groups[2].given = {name: value for name, value in given.items() if name not in SECRETS}  # For the model card.
     check_args(*groups)
     return groups
 
@@ -2466,7 +2470,7 @@ def note_old_run(checkpoint, own, *groups):
     """
     args, folder = groups[-1], groups[-1].output_dir
     folders, flags = checkpoint_folders(folder), flag_paths(groups)
-    args.old_run = [path for name in RESULTS if os.path.isfile(path := os.path.join(folder, name))]
+    args.old_run = [path for name in (*RESULTS, "arguments.json") if os.path.isfile(path := os.path.join(folder, name))]
     if not own:
         for charts in ("logs", "runs", "runs/*"):
             args.old_run += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
@@ -3237,29 +3241,12 @@ def create_repository(args):
         return HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
 
 
-def publish(run, model_args, data_args, metrics):
+def publish(run, groups, metrics):
     """Write the model card and, with `--push_to_hub`, upload the model, its card and the results."""
-    args, base = run.args, model_args.model_name_or_path
+    args = run.args
     if not args.should_log:
         return
-    results = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
-    found = {kind: metrics[key] for kind, key in results.items() if math.isfinite(metrics.get(key, math.inf))}
-    name = os.path.basename(os.path.abspath(args.hub_model_id or args.output_dir))
-    dataset = data_args.dataset_name or "text"
-    source = os.path.basename(os.path.abspath(dataset)) if is_local(dataset) else dataset
-    card = ModelCardData(
-        model_name=name,
-        library_name="transformers",
-        pipeline_tag="fill-mask",
-        tags=["masked-language-modeling"],
-        base_model=None if is_local(base or "") else base,
-        datasets=None if is_local(dataset) else data_args.dataset_name,
-        eval_results=[EvalResult("fill-mask", source, source, kind, value) for kind, value in found.items()] or None,
-    )
-    lines = [f"---\n{card.to_yaml()}\n---\n", f"# {name}\n", "Masked language model, trained with run_mlm_flax.py.\n"]
-    lines += [f"- {kind}: {value:.4g}" for kind, value in found.items()]
-    with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:
-        file.write("\n".join(lines) + "\n")
+    write_card(run.settings, groups, run.tokenized, run.log_history, metrics)
     if args.push_to_hub:
         repository, names = create_repository(args), published_files(run.collator.tokenizer)
         with user_errors(f"--push_to_hub failed; the model is saved in {args.output_dir}"):
@@ -3273,6 +3260,74 @@ def hub_client():
     client = default_client_factory()
     client.timeout = HUB_TIMEOUT
     return client
+
+
+def write_card(order_settings, groups, tokenized, history, metrics):
+    """Write the model card, and `arguments.json`, which makes the run again as the first argument of the script.
+
+    The card is public: it names no folder of this machine. `history` is the log history.
+    """
+    model_args, data_args, args = groups
+    base, dataset, script = model_args.model_name_or_path, data_args.dataset_name, Path(__file__).name
+    name = os.path.basename(os.path.abspath(args.hub_model_id or args.output_dir))
+    source = public_name(dataset or data_args.validation_file or data_args.train_file)
+    results = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
+    found = {kind: metrics[key] for kind, key in results.items() if math.isfinite(metrics.get(key, math.inf))}
+    card = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=["masked-language-modeling"],
+        base_model=None if is_local(base or "") else base,
+        datasets=None if is_local(dataset or "") else dataset,
+        eval_results=[EvalResult("fill-mask", source, source, kind, value) for kind, value in found.items()] or None,
+    )
+    origin = f"It started from {public_name(base)}" if base else "It started with random weights"
+    files = {"train": data_args.train_file, "validation": data_args.validation_file or data_args.train_file}
+    sizes = [
+        f"- {split}: {public_name(dataset or files[split])}, {describe_split(tokenized[split])}" for split in tokenized
+    ]
+    keys = "mlm_probability mask_replace_prob random_replace_prob learning_rate lr_scheduler_type weight_decay".split()
+    settings = {key: getattr(data_args, key, getattr(args, key, None)) for key in keys}
+    settings["lr_scheduler_type"] = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    settings |= {**order_settings, "global_batch_size": args.global_batch_size, "steps": history[-1]["step"]}
+    evaluated = [entry for entry in history if "eval_loss" in entry]
+    evaluations = [[entry["step"], *(entry[f"eval_{kind}"] for kind in results)] for entry in evaluated]
+    words = [f"--{key}={public_name(value)}" for key, value in args.given.items()]
+    sections = [
+        f"---\n{card.to_yaml()}\n---\n\n# {name}\n\nA masked language model, trained with `{script}`. {origin}.",
+        "\n".join(f"- {kind}: {value:.4g}" for kind, value in found.items()),
+        "## Data\n\n" + "\n".join(sizes),
+        "## Settings\n\n" + table(["setting", "value"], settings.items()),
+        "## Evaluations\n\n" + table(["step", *results], evaluations),
+        f"## Command\n\n    {shlex.join(['python', script, *words])}",
+    ]
+    with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:
+        file.write("\n\n".join(filter(None, sections)) + "\n")
+    with open(os.path.join(args.output_dir, "arguments.json"), "w", encoding="utf-8") as file:
+        json.dump(args.given, file, indent=2, ensure_ascii=False)
+
+
+def table(names, rows):
+    """Return a Markdown table."""
+    lines = [names, ["---"] * len(names), *rows]
+    cells = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def describe_split(dataset):
+    """Return the size of a split in words."""
+    if isinstance(dataset, StreamedDataset):
+        return f"a stream, of which {dataset.num_samples:,} samples with {dataset.num_tokens:,} tokens were read"
+    return f"{len(dataset):,} samples, {dataset.lengths.sum():,} tokens"
+
+
+def public_name(value):
+    """Return a setting for a public card: of a file or folder of this machine, only its own name."""
+    if isinstance(value, list):
+        return " ".join(map(public_name, value))
+    value = str(value)
+    return os.path.basename(os.path.abspath(value)) if os.path.sep in value and is_local(value) else value
 
 
 def published_files(tokenizer):
@@ -3326,7 +3381,7 @@ def main(argv=None):
             metrics |= eval_metrics
         with main_process_first("publishing"):  # A process that ends would end those that still write.
             if training_args.do_train:
-                publish(run, model_args, data_args, metrics)
+                publish(run, (model_args, data_args, training_args), metrics)
         return metrics
 
 

@@ -5,7 +5,7 @@ import math
 import os
 
 import pytest
-from conftest import BOTH, INSTALLED, finished_run, flags, history, read_json
+from conftest import BOTH, INSTALLED, finished_run, flags, history, read_json, weights
 from huggingface_hub import ModelCard
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -126,7 +126,7 @@ def card_flags(model_folder, text_files, output, **changes):
 def test_the_metadata_is_what_the_hub_reads(runs, name):
     data = ModelCard.load(runs[name][0] / "README.md").data
     assert data.library_name == "transformers"
-    assert data.pipeline_tag == (None if name == "run_mlm" else "fill-mask")  # The hub finds it in config.json.
+    assert data.pipeline_tag == "fill-mask"
     assert data.base_model is None  # A folder of this machine.
     assert "masked-language-modeling" in data.tags
 
@@ -158,6 +158,24 @@ def test_a_new_model_is_not_called_fine_tuned(script, model_folder, text_files, 
     settings |= {"do_train": True, "max_steps": 1, "max_seq_length": 16, **text_files}
     script.main(flags(**settings))
     assert "fine-tuned" not in (tmp_path / "o" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_card_and_the_arguments_make_the_run_again(script, model_folder, text_files, tmp_path):
+    line = card_flags(
+        model_folder, text_files, tmp_path / "one", eval_strategy="steps", eval_steps=2, mlm_probability=0.3
+    )
+    script.main([*line, "--token", "hf_secretofmine"])
+    arguments = (tmp_path / "one" / "arguments.json").read_text()
+    assert "hf_secretofmine" not in arguments
+    script.main([str(tmp_path / "one" / "arguments.json"), *flags(output_dir=tmp_path / "two")])
+    assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    card = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
+    (entry,) = [entry for entry in history(tmp_path / "one") if entry["step"] == 2 and "eval_loss" in entry]
+    assert f"| 2 | {entry['eval_loss']:.6g} | {entry['eval_accuracy']:.6g} | {entry['eval_perplexity']:.6g} |" in card
+    assert (
+        "It started from model." in card and "| mlm_probability | 0.3 |" in card and "| max_seq_length | 16 |" in card
+    )
+    assert "- train: train.txt, " in card and "--train_file=train.txt" in card and str(tmp_path) not in card
 
 
 def test_an_evaluation_writes_no_card(script, model_folder, text_files, tmp_path):
