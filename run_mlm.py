@@ -2656,12 +2656,14 @@ def main_process_first(args):
 
 
 @contextlib.contextmanager
-def ending_together(args):
+def ending_together(args, signals):
     """Report in one line that another process has ended, which a process notices when it waits for the others."""
     try:
         yield
     except Exception as error:
         if args.world_size > 1 and is_lost_connection(error):
+            if signals.received:  # As the other one has.
+                signals.stop(signals.received, "; another process has ended, so no checkpoint is saved")
             raise UserError("another process of this run has ended; see its error") from error
         raise
 
@@ -2768,7 +2770,12 @@ def main(argv=None):
     model_args, data_args, training_args = parse_args(argv)
     setup_logging(training_args)
     atexit.register(leave_process_group)
-    with StopSignals() as signals, ending_together(training_args), output_lock(training_args), logging_redirect_tqdm():
+    with (
+        StopSignals() as signals,
+        ending_together(training_args, signals),
+        output_lock(training_args),
+        logging_redirect_tqdm(),
+    ):
         _, checkpoint = find_checkpoint(model_args, data_args, training_args)
         tokenizer = load_tokenizer(model_args)
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)

@@ -208,13 +208,12 @@ def test_one_process_prepares_logs_and_writes_and_both_resume(work, alone):
     assert "step 6 of 6 (100%" in logs["0stdout"]
     assert logs["1stdout"] == "" and "%|" not in logs["1stderr"]
     noted = {path.name for path in work.glob("*-[01]")}
-    assert noted == {"encode_texts-0", "encode_texts-1", "save_to_json-0"}
+    assert noted == {"encode_texts-0", "save_to_json-0"}
 
     weights = safetensors.torch.load_file(work / "output" / "model.safetensors")
     shutil.rmtree(work / "output" / "checkpoint-6")
     before = calls(work)
-    # A text for each split, which prepares the tokenizer, and the two splits, which process 1 finds in the cache.
-    assert before == {"encode_texts-0": 4, "encode_texts-1": 2}
+    assert before == {"encode_texts-0": 2}  # The two splits, which process 1 finds in the cache.
     done = launch(work, [*TORCHRUN, "noting.py", *arguments("output", 4)])
     assert done.returncode == 0, done.stderr
     assert "Resuming from output/checkpoint-3" in done.stdout
@@ -317,8 +316,7 @@ def test_on_two_machines_one_process_prepares_and_logs(work, alone):
     assert losses(work / "output") == alone
     assert log.count("Starting a new run") == 1 and ": loss " in log
     assert other_log == ""
-    # A text for each split prepares the tokenizer; process 0 encodes the splits, and the other one finds them.
-    assert calls(work) == {"encode_texts-0": 4, "encode_texts-1": 2}
+    assert calls(work) == {"encode_texts-0": 2}  # The two splits, which process 1 finds in the cache.
 
 
 @pytest.mark.long
@@ -328,7 +326,7 @@ def test_machines_that_share_no_cache_tokenize_and_may_log_each(work, alone):
     (status, log), (other_status, other_log) = launch_nodes(work, "noting.py", *lines)
     assert (status, other_status) == (0, 0), (work / "errors-0").read_text() + (work / "errors-1").read_text()
     assert losses(work / "output") == alone
-    assert calls(work) == {"encode_texts-0": 4, "encode_texts-1": 4}
+    assert calls(work) == {"encode_texts-0": 2, "encode_texts-1": 2}
     assert "Starting a new run" in log and "Starting a new run" in other_log
 
 
