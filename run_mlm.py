@@ -1589,7 +1589,7 @@ def padded_length(longest, max_seq_length):
 
 
 def label_slots(labels, probability):
-    """Return a K that the labels [..., B, L] fit in, the same for almost every batch: the step is compiled for each."""
+    """Return K, the slots for the labels [..., B, L]. It rarely changes: each K compiles the step again."""
     tokens = labels.shape[-2] * labels.shape[-1]
     expected = tokens * probability
     # Five standard deviations above the expected number, or a multiple of that if there are more labels.
@@ -1694,7 +1694,7 @@ def load_config(model_args, tokenizer):
         if model_args.config_overrides:
             config.update_from_string(model_args.config_overrides)
             if len(getattr(config, "layer_types", None) or ()) not in (0, config.num_hidden_layers):
-                config = type(config)(**{**config.to_dict(), "layer_types": None})  # They follow from other settings.
+                config = type(config)(**{**config.to_dict(), "layer_types": None})  # Computed again for the new number.
     if config.model_type not in MODEL_TYPES:
         known = f"{', '.join(MODEL_TYPES)}{OTHER_MODELS}"
         raise UserError(f"{name}: {config.model_type} has no masked-LM model here; known: {known}")
@@ -2238,7 +2238,7 @@ def find_checkpoint(model_args, data_args, training_args):
 
 
 def check_results(model_args, args):
-    """Raise `UserError` if the results of an evaluation would be those of another model, or cannot be added."""
+    """Raise `UserError` if the folder holds another model, or an all_results.json that cannot be read."""
     folder, name = args.output_dir, model_args.model_name_or_path
     model_differs = os.path.realpath(name or "") != os.path.realpath(folder)
     if args.do_eval and not args.do_train and model_differs and os.path.exists(os.path.join(folder, "config.json")):
@@ -2319,7 +2319,7 @@ def follow_umask(folder):
 
 
 def keep_results(args, metrics):
-    """Return the results of the training, which are those of an earlier command if that one made the last step."""
+    """Return the results of the training; if an earlier command has finished it, those that it saved."""
     path = os.path.join(args.output_dir, "train_results.json")
     return read_json_object(path) if args.writes_results and os.path.exists(path) else metrics
 
@@ -2327,7 +2327,7 @@ def keep_results(args, metrics):
 def rotate_checkpoints(args, limit, step):
     """Delete the oldest checkpoints above a limit once that of `step` is written.
 
-    It keeps the best one and those that a flag names, and does not count those without what this one has, an optimizer.
+    It keeps the best one and those that a flag names. If this one has an optimizer state, it counts only such.
     """
     if limit is None or not args.writes_results:
         return
@@ -2758,7 +2758,7 @@ def published_files(tokenizer):
 
 
 def is_local(name):
-    """Return whether a name means files on this machine, whose place is nothing for a public card."""
+    """Return whether a name is a path on this machine, which must not appear in a public card."""
     return os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".ckpt" in name
 
 

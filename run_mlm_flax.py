@@ -11,9 +11,9 @@ What has the same name in both scripts has the same source.
 
 Where to change what: the masking rule in `mask_tokens`, which sees token ids, not text; which ids are never masked in
 `MaskingCollator`; how text becomes rows of ids in `encode_texts`; the order of the samples in `epoch_order`; the loss
-in `cross_entropy`; the optimizer in `create_optimizer`; the metrics in `compute_metrics` and `mean_metrics`; file
-formats in `FILE_FORMATS`. A new flag is a field of an argument class, with its limits in `INTERVALS` or
-`check_args`; `tests/flags_table.py --write` then lists it.
+in `cross_entropy`; the models in section 4, and the names of a new family in `FAMILIES`; the optimizer in
+`create_optimizer`; the metrics in `compute_metrics` and `mean_metrics`; file formats in `FILE_FORMATS`. A new flag is a
+field of an argument class, with its limits in `INTERVALS` or `check_args`; `tests/flags_table.py --write` lists it.
 
 Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size,
 A accumulated batches, D devices.
@@ -98,7 +98,8 @@ check_min_version("5.23.0")
 
 logger = logging.getLogger(__name__)
 
-# For each family of models, the names that the PyTorch model and its configuration give to the parts: "part=name".
+# What PyTorch calls each part and setting of a family of models: "part=name". Of two pairs for one part, the later one
+# counts. An empty name means that the family has no such part. `activation` is that of feed-forward and head.
 BERT = (
     "base=bert words=embeddings.word_embeddings positions=embeddings.position_embeddings "
     "types=embeddings.token_type_embeddings embedding_norm=embeddings.LayerNorm layer=encoder.layer.{} "
@@ -109,7 +110,7 @@ BERT = (
     "dropout=hidden_dropout_prob attention_dropout=attention_probs_dropout_prob "
 )
 ROBERTA = (
-    "base=roberta transform=lm_head.dense transform_norm=lm_head.layer_norm decoder=lm_head.decoder bias=lm_head.bias"
+    "base=roberta transform=lm_head.dense transform_norm=lm_head.layer_norm decoder=lm_head.decoder bias=lm_head.bias "
 )
 FAMILIES = {
     "bert": BERT,
@@ -1623,7 +1624,7 @@ def load_config(model_args, tokenizer):
         if model_args.config_overrides:
             config.update_from_string(model_args.config_overrides)
             if len(getattr(config, "layer_types", None) or ()) not in (0, config.num_hidden_layers):
-                config = type(config)(**{**config.to_dict(), "layer_types": None})  # They follow from other settings.
+                config = type(config)(**{**config.to_dict(), "layer_types": None})  # Computed again for the new number.
     if config.model_type not in MODEL_TYPES:
         known = f"{', '.join(MODEL_TYPES)}{OTHER_MODELS}"
         raise UserError(f"{name}: {config.model_type} has no masked-LM model here; known: {known}")
@@ -1644,7 +1645,7 @@ def load_config(model_args, tokenizer):
 
 
 def check_config(config):
-    """Raise `InputError` for a setting that would change the function of the model and that has no code here."""
+    """Raise `InputError` for a setting that changes what the model computes, but is not implemented here."""
     wanted = {"is_decoder": (False,), "position_embedding_type": ("absolute", None), "quantization_config": (None,)}
     wanted |= {"sinusoidal_pos_embds": (False,), "pruned_heads": (None, {})}
     settings = [(name, getattr(config, name, values[0]) in values) for name, values in wanted.items()]
@@ -1655,7 +1656,7 @@ def check_config(config):
     settings.append(("num_hidden_layers", config.num_hidden_layers > 0))
     if hasattr(config, "num_hidden_groups"):
         settings.append(("num_hidden_groups", 0 < config.num_hidden_groups <= config.num_hidden_layers))
-    if FAMILIES[config.model_type]["base"] == "roberta":  # Its positions are counted from there.
+    if config.model_type in OFFSET_POSITIONS:  # Positions are numbered from pad_token_id + 1.
         settings.append(("pad_token_id", config.pad_token_id is not None))
     if config.model_type == "modernbert":
         ropes = [config.rope_parameters[kind] for kind in set(config.layer_types)]
@@ -1666,7 +1667,7 @@ def check_config(config):
 
 
 class Part(nn.Module):
-    """A part of a model: what it is made of has the names that it has in the PyTorch model.
+    """A module whose submodules have the names of their counterparts in PyTorch.
 
     Parameters are float32; the computation has the type `dtype`. Dropout is on if there is a key named "dropout".
     """
@@ -1676,7 +1677,7 @@ class Part(nn.Module):
     attention: Optional[str] = None  # The implementation of attention without dropout.
 
     def setting(self, part):
-        """Return the setting to which the family gives the name of this part."""
+        """Return the value of a setting, which the configuration of the family has under a name of its own."""
         return getattr(self.config, FAMILIES[self.config.model_type][part])
 
     def initializer(self, scale=1.0):
@@ -1700,7 +1701,7 @@ class Part(nn.Module):
         return fast_dropout(inputs, rate, self.make_rng("dropout")) if rate and self.has_rng("dropout") else inputs
 
     def attend(self, query, key, value, mask, rate):
-        """Return the attended values [B, L, H] of [B, L, heads, D]; `mask: bool [B, 1, 1 or L, L]` is true for keys."""
+        """Return the attended values [B, L, H] of [B, L, heads, D]; `mask: bool [B, 1, 1 or L, L]` names the keys."""
         length, width = query.shape[1], query.shape[-1]
         if rate and self.has_rng("dropout"):
             scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(width).astype(query.dtype)
@@ -1733,7 +1734,7 @@ class Table(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def look_up(table, ids, padding_id=None):
-    """Return the rows [..., H] of `table: [V, H]` for `ids: int [...]`; that of `padding_id` gets no gradient here.
+    """Return the rows [..., H] of `table: [V, H]` for `ids: int [...]`; the row of `padding_id` gets no gradient.
 
     The gradient of a plain look-up adds each token's into its row, and thousands of additions to one row (the mask
     token's, the most frequent words') wait for each other on a GPU. Here tokens are sorted, equal ones in a block are
@@ -1762,7 +1763,7 @@ look_up.defvjp(lambda table, ids, padding_id: (table[ids], (table, ids)), look_u
 
 
 def fast_dropout(inputs, rate, key):
-    """Return what `nn.Dropout` returns; each bit is a hash ("lowbias32") of its position and the key, never stored."""
+    """Return what `nn.Dropout` returns; the mask is a hash ("lowbias32") of position and key, and never stored."""
     words = lax.iota(jnp.uint32, inputs.size).reshape(inputs.shape)
     for word in jax.random.bits(key, (2,), jnp.uint32):
         words = words + word
@@ -1788,29 +1789,29 @@ class BertLayer(Part):
         if positions is not None:
             attended, hidden = select(attended, positions), select(hidden, positions)
         attended = self.dense(config.hidden_size, names["attended"])(attended)
-        if config.model_type != "distilbert":  # Which has no dropout here.
+        if config.model_type != "distilbert":  # DistilBERT has no dropout here.
             attended = self.drop(attended, self.setting("dropout"))
         hidden = self.norm(names["attention_norm"])(hidden + attended)
         inner = self.dense(self.setting("inner_size"), names["up"])(hidden)
         inner = self.dense(config.hidden_size, names["down"])(ACTIVATIONS[self.setting("activation")](inner))
-        if config.model_type != "albert":  # Which has no dropout here.
+        if config.model_type != "albert":  # ALBERT has no dropout here.
             inner = self.drop(inner, self.setting("dropout"))
         return self.norm(names["norm"])(hidden + inner)
 
 
 def select(hidden, positions):
-    """Return [K, H] of `hidden: [B, L, H]` at `positions: int [K]` in B * L, each of which is named once."""
+    """Return [K, H] of `hidden: [B, L, H]` at `positions: int [K]` in B * L, which are distinct."""
     rows = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)  # Adding to bfloat16 is slow on a GPU.
     return rows.at[positions].get(unique_indices=True).astype(hidden.dtype)
 
 
 class MaskedLM(Part):
-    """What the models have in common: embeddings of words, a head whose decoder is tied to them or not."""
+    """What all models share: word embeddings, and a decoder that may be tied to them."""
 
     gradient_checkpointing: bool = False
 
     def layer(self, kind, name, **settings):
-        """Return a layer of the encoder, which keeps its inputs alone for the backward pass if that is asked for."""
+        """Return a layer of the encoder; with gradient checkpointing, it stores its inputs only."""
         kind = nn.remat(kind) if self.gradient_checkpointing else kind
         return kind(self.config, self.dtype, self.attention, name=name, **settings)
 
@@ -1836,7 +1837,7 @@ class FlaxBertForMaskedLM(MaskedLM):
     """BERT (Devlin et al. 2019), RoBERTa (Liu et al. 2019), XLM-R, CamemBERT, DistilBERT, ELECTRA's generator, ALBERT.
 
     Returns logits of the type `dtype`: [B, L, V], or [K, V] at `positions: int [K]` in B * L, for `input_ids` and
-    `attention_mask`, both int [B, L]. Behind the last attention it computes these positions alone.
+    `attention_mask`, both int [B, L]. After the last attention, only these positions are computed.
     """
 
     @nn.compact
@@ -1862,7 +1863,7 @@ class FlaxBertForMaskedLM(MaskedLM):
     def place(self, input_ids, width):
         """Return the embeddings of the positions: [L, width], or [B, L, width] where padding does not count."""
         config, names = self.config, FAMILIES[self.config.model_type]
-        counted, name = names["base"] == "roberta", f"{names['base']}.{names['positions']}"
+        counted, name = config.model_type in OFFSET_POSITIONS, f"{names['base']}.{names['positions']}"
         padding_id = config.pad_token_id if counted else None
         table = self.table(config.max_position_embeddings, width, name, padding_id)
         if not counted:
@@ -1898,7 +1899,7 @@ class ModernPart:
 
     @property
     def output_scale(self):
-        """The scale of new weights whose product is added to the residual."""
+        """Scale of the new weights of layers that add to the residual stream."""
         return 1 / math.sqrt(2 * self.config.num_hidden_layers)
 
 
@@ -1988,7 +1989,7 @@ def load_model(model_args, config, tokenizer, training_args, new_tokens=None, ch
     """Return (model, parameters): those of a checkpoint, pretrained, or random; they fit the tokenizer."""
     name, size = checkpoint or model_args.model_name_or_path, max(tokenizer.get_vocab().values()) + 1
     if checkpoint:
-        config.vocab_size = max(size, config.vocab_size)  # It got its rows before it was saved.
+        config.vocab_size = max(size, config.vocab_size)  # A checkpoint has the rows of all tokens.
     with user_errors(f"the model {name or config.model_type}"):
         check_config(config)
         weights = {}
@@ -2038,7 +2039,7 @@ def vocabulary_names(config):
 
 
 def parameter_name(path):
-    """Return the PyTorch name of a parameter: its path in the tree of parameters, joined, with another last part."""
+    """Return the PyTorch name of a parameter: its path joined by dots, its last part renamed by `LEAVES`."""
     return ".".join([*path[:-1], LEAVES.get(path[-1], path[-1])])
 
 
@@ -2098,7 +2099,7 @@ def read_weight_file(path):
 def match_weights(weights, model, source):
     """Return the weights under the names of the model's parameters; log what is missing and what is left over.
 
-    Raises `InputError` for a weight of another shape, or if there are none of the encoder.
+    Raises `InputError` for a weight of the wrong shape, or if no weight of the encoder is found.
     """
     names, found, left = FAMILIES[model.config.model_type], {}, set(weights)
     prefix = f"{names['base']}."
@@ -2346,7 +2347,7 @@ def padded_length(longest, max_seq_length):
 
 
 def label_slots(labels, probability):
-    """Return a K that the labels [..., B, L] fit in, the same for almost every batch: the step is compiled for each."""
+    """Return K, the slots for the labels [..., B, L]. It rarely changes: each K compiles the step again."""
     tokens = labels.shape[-2] * labels.shape[-1]
     expected = tokens * probability
     # Five standard deviations above the expected number, or a multiple of that if there are more labels.
@@ -2440,7 +2441,7 @@ def find_checkpoint(model_args, data_args, training_args):
 
 
 def check_results(model_args, args):
-    """Raise `UserError` if the results of an evaluation would be those of another model, or cannot be added."""
+    """Raise `UserError` if the folder holds another model, or an all_results.json that cannot be read."""
     folder, name = args.output_dir, model_args.model_name_or_path
     model_differs = os.path.realpath(name or "") != os.path.realpath(folder)
     if args.do_eval and not args.do_train and model_differs and os.path.exists(os.path.join(folder, "config.json")):
@@ -2521,7 +2522,7 @@ def follow_umask(folder):
 
 
 def keep_results(args, metrics):
-    """Return the results of the training, which are those of an earlier command if that one made the last step."""
+    """Return the results of the training; if an earlier command has finished it, those that it saved."""
     path = os.path.join(args.output_dir, "train_results.json")
     return read_json_object(path) if args.writes_results and os.path.exists(path) else metrics
 
@@ -2529,7 +2530,7 @@ def keep_results(args, metrics):
 def rotate_checkpoints(args, limit, step):
     """Delete the oldest checkpoints above a limit once that of `step` is written.
 
-    It keeps the best one and those that a flag names, and does not count those without what this one has, an optimizer.
+    It keeps the best one and those that a flag names. If this one has an optimizer state, it counts only such.
     """
     if limit is None or not args.writes_results:
         return
@@ -2817,7 +2818,7 @@ def send_id(address, count, process_id):
 
 @contextlib.contextmanager
 def ending_together():
-    """End all processes of the run with the first one that ends early: they would wait for it."""
+    """If one process ends early, end all: the others would wait for it without end."""
     if not jax.distributed.is_initialized():
         yield
         return
@@ -3336,7 +3337,7 @@ def published_files(tokenizer):
 
 
 def is_local(name):
-    """Return whether a name means files on this machine, whose place is nothing for a public card."""
+    """Return whether a name is a path on this machine, which must not appear in a public card."""
     return os.path.exists(name) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or ".ckpt" in name
 
 
