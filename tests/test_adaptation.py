@@ -259,7 +259,6 @@ def test_a_stable_phase_branches_into_a_decay(script, tmp_path):
     script.main(job(folder, tmp_path, **settings, **branch))
     entries = read_json(tmp_path / "output", "trainer_state.json")["log_history"]
     rates = [entry["learning_rate"] for entry in entries if "loss" in entry]
-    # The Trainer reports the rate of the next step, in Transformers 4.57 that of the last one.
     assert rates == pytest.approx([0, rate / 2, *[rate] * 5, 0.75 * rate, 0.5 * rate, 0.25 * rate])
     assert [path.name for path in Path(tmp_path, "output").glob("checkpoint-*")] == ["checkpoint-10"]
     assert Path(tmp_path, "stable", "checkpoint-20").exists()

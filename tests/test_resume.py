@@ -15,9 +15,6 @@ from conftest import ROOT, error_line, finished_run, flags, history, optional_mo
 
 run_mlm = optional_module("run_mlm")
 
-# Transformers 4.57 warns where two checkpoints are less than a second apart, and sorts them by step: right here.
-pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")
-
 
 @pytest.mark.parametrize("line_by_line", ["false", "true"])
 @pytest.mark.parametrize("step", [3, 9])

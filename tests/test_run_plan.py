@@ -24,9 +24,6 @@ from conftest import (
 run_mlm = optional_module("run_mlm")
 run_mlm_flax = optional_module("run_mlm_flax")
 
-# Transformers 4.57 warns where two checkpoints are less than a second apart, and sorts them by step: right here.
-pytestmark = pytest.mark.filterwarnings("ignore:mtime may not be reliable")
-
 
 def evaluations(output):
     """Return {step: loss} of the evaluations during training."""
