@@ -6,8 +6,8 @@ Fine-tune a BERT-like model, or train one from scratch:
     python run_mlm.py --model_name_or_path bert-base-uncased --train_file my.txt --do_train --do_eval --output_dir out
     python run_mlm.py configs/quickstart.json --learning_rate 1e-3
 
-`run_mlm_flax.py` is the same program on JAX: the same flags, masks, batches and result files. What has the same name
-in both scripts has the same source.
+`run_mlm_flax.py` is the same program on JAX: the same flags, masks, batches and result files. Definitions
+with the same name have the same source in both scripts, unless they depend on the framework.
 
 Where to change what: the masking rule in `mask_tokens`, which sees token ids, not text; which ids are never masked in
 `MaskingCollator`; how text becomes rows of ids in `encode_texts`; the order of the samples in `epoch_order`; the loss
@@ -97,10 +97,10 @@ logger = logging.getLogger(__name__)
 
 MODEL_TYPES = tuple(sorted(config.model_type for config in MODEL_FOR_MASKED_LM_MAPPING))
 OTHER_MODELS = ""
-LINE_BY_LINE_DEFAULT = False  # The documented default of this script: texts are joined and cut into full rows.
+LINE_BY_LINE_DEFAULT = False  # The default of the original script: texts are joined and cut into full rows.
 # The optimizer state in a checkpoint, one of these: plain, FSDP (two), DeepSpeed, FSDP on a TPU.
 OPTIMIZER_FILES = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*", "rank*-optimizer.pt")
-# Arguments by the interval that their values must be in; round brackets exclude the end.
+# Arguments, grouped by the interval that their values must be in; a round bracket excludes its end.
 INTERVALS = {
     "[1, 2147483647]": "train_batch_size eval_batch_size gradient_accumulation_steps max_seq_length max_train_samples "
     "max_val_samples preprocessing_num_workers shuffle_buffer_size save_total_limit num_processes tpu_num_cores "
@@ -115,7 +115,7 @@ INTERVALS = {
     "(0, 1]": "mlm_probability final_mlm_probability eval_mlm_probability",
     "[0, 1]": "mask_replace_prob random_replace_prob",
 }
-# Arguments of the Trainer that do not work here, or would do nothing, by the reason.
+# Arguments of the Trainer that do not work here or would have no effect, grouped by the reason.
 UNUSABLE = {
     "no test data is read; give it as --validation_file": "do_predict",
     "evaluation keeps sums of loss and hits, and no logits": "batch_eval_metrics eval_do_concat_batches "
@@ -144,40 +144,40 @@ FORMER_FLAGS = {
     "warmup_ratio": "--warmup_steps",
 }
 FILE_FORMATS = "txt", "csv", "tsv", "json", "jsonl", "parquet"
-ENCODE_BATCH = 1000  # Texts that are joined together, and at most tokenized in one call.
-CALL_LENGTH = 500_000  # Characters of one call of the tokenizer, which needs about 50 bytes for each.
+ENCODE_BATCH = 1000  # Number of texts that are joined together, and the most that one call tokenizes.
+CALL_LENGTH = 500_000  # Most characters in one call of the tokenizer, which needs about 50 bytes for each.
 OVERLAP = 4_000  # Characters that two parts of a longer text share.
 SAME_TOKENS = 100  # Tokens that both parts must agree on, on each side of the place where they meet.
-WORD_MARKS = "▁", "Ġ", "Ċ", "\n", "<0x0A>"  # Tokens that begin with a space or a line break begin so.
+WORD_MARKS = "▁", "Ġ", "Ċ", "\n", "<0x0A>"  # How the names of tokens with a leading space or line break start.
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits usually mean "no limit", and attention is quadratic.
 # Architectures whose position ids start at pad_token_id + 1.
 OFFSET_POSITIONS = (
     "camembert data2vec-text esm ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
     "xmod"
 ).split()
-MAX_SHAPES = 6  # Lengths that batches are padded to when the step is compiled, once for each of them.
+MAX_SHAPES = 6  # Most lengths that batches are padded to when the step is compiled, once for each length.
 MAX_WORKERS = 4  # Processes that make batches for a GPU unless a flag says how many.
 LENGTH_WINDOW = 50  # Batches whose samples `--group_by_length` sorts together.
-STREAMED_VALIDATION = 1000  # Samples for validation from the beginning of a stream without validation data.
+STREAMED_VALIDATION = 1000  # Validation samples taken from the start of a stream that has no validation data.
 CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
-# What a run writes about its model: deleted with the model that it replaces.
+# Files that a run writes about its model; a run that replaces the model deletes them.
 RESULTS = "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md"
-# What an upload sends, beside the vocabulary of the tokenizer: whatever else lies in the folder stays here.
+# Files that an upload sends, besides the vocabulary files of the tokenizer; nothing else in the folder is uploaded.
 PUBLISHED = (
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "training_args.bin", "runs/*events.out.tfevents.*"),
     *("logs/*events.out.tfevents.*", *RESULTS),
 )
-SECRETS = "token", "use_auth_token", "hub_token"  # Settings that are written nowhere.
-HUB_TIMEOUT = 60  # Seconds that a server of the hub may be silent.
+SECRETS = "token", "use_auth_token", "hub_token"  # Settings that are never written to a file.
+HUB_TIMEOUT = 60  # Seconds without an answer after which a request to the hub fails.
 MAX_CAUSE = 400  # Characters of a library's message that an error line shows.
 IGNORED_LABEL = -100
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
-EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
-EVAL_SEED = 0  # Whatever --seed is: runs with several seeds are measured by the same masks.
-ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other numbers than masks do.
+EVAL_EPOCH = 2**63  # No training epoch has this number, so evaluation has its own masks, the same ones every time.
+EVAL_SEED = 0  # Independent of --seed, so that runs with different seeds are evaluated with the same masks.
+ORDER_KEYS = 2**62  # Above every sample index, so that the order of a block and the masks use different random numbers.
 
 
 # ---- 1. Arguments ---------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ class UserError(Exception):
 
 
 class InputError(ValueError):
-    """What this script finds wrong in something that it was given: `user_errors` adds where that comes from."""
+    """A fault that this script finds in its input; `user_errors` adds where that input comes from."""
 
 
 @dataclass
@@ -203,7 +203,7 @@ class ModelArguments:
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model on the hub.")
     token: Optional[str] = HfArg(default=None, repr=False, help="Hub token, for private models and data sets.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub token stored by `hf auth login`.")
-    new_tokens: Optional[str] = HfArg(default=None, help="File of tokens to add to the tokenizer, one a line.")
+    new_tokens: Optional[str] = HfArg(default=None, help="File of tokens to add to the tokenizer, one per line.")
     dropout_rate: Optional[float] = HfArg(default=None, help="Every dropout probability of the model.")
     dense_head: bool = HfArg(default=False, help="Compute the vocabulary logits at every position.")
 
@@ -225,7 +225,7 @@ class DataTrainingArguments:
     dataset_name: Optional[str] = HfArg(default=None, help="Data set: a hub name or a folder.")
     dataset_config_name: Optional[str] = HfArg(default=None, help="Configuration of the data set.")
     train_file: Optional[list[str]] = HfArg(
-        default=None, help=f"Training text, files or globs: {', '.join(FILE_FORMATS)}, also packed (.gz, .zst)."
+        default=None, help=f"Training text, files or globs: {', '.join(FILE_FORMATS)}, also compressed (.gz, .zst)."
     )
     validation_file: Optional[list[str]] = HfArg(default=None, help="Validation text, in the same formats.")
     train_ref_file: Optional[str] = HfArg(
@@ -237,18 +237,22 @@ class DataTrainingArguments:
     validation_split_percentage: Optional[int] = HfArg(
         default=5, help="Percentage of the training data used for validation if there is no validation data."
     )
-    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: all, at most 1024).")
+    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: the limit, at most 1024).")
     preprocessing_num_workers: Optional[int] = HfArg(default=None, help="Processes that tokenize.")
     mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
-    final_mlm_probability: Optional[float] = HfArg(default=None, help="The same share at the end: it falls linearly.")
-    eval_mlm_probability: Optional[float] = HfArg(default=None, help="The same share in evaluation (default: final).")
+    final_mlm_probability: Optional[float] = HfArg(
+        default=None, help="Share to mask at the last step, reached linearly (default: mlm_probability)."
+    )
+    eval_mlm_probability: Optional[float] = HfArg(
+        default=None, help="Share to mask in evaluation (default: final_mlm_probability)."
+    )
     mask_replace_prob: float = HfArg(default=0.8, help="Share of the chosen tokens that become the mask token.")
     random_replace_prob: float = HfArg(default=0.1, help="Share of the chosen tokens that become a random one.")
     whole_word_mask: bool = HfArg(default=False, help="Choose whole words (needs a fast tokenizer).")
-    line_by_line: bool = HfArg(default=LINE_BY_LINE_DEFAULT, help="Each text is a sample; else texts are joined.")
+    line_by_line: bool = HfArg(default=LINE_BY_LINE_DEFAULT, help="Make each text a sample instead of joining texts.")
     pad_to_max_length: bool = HfArg(default=False, help="Pad every batch to max_seq_length.")
-    streaming: bool = HfArg(default=False, help="Tokenize while training reads the text (needs max_steps).")
-    shuffle_buffer_size: int = HfArg(default=10_000, help="Samples that are shuffled together with streaming.")
+    streaming: bool = HfArg(default=False, help="Read and tokenize the text during training (needs max_steps).")
+    shuffle_buffer_size: int = HfArg(default=10_000, help="With streaming, how many samples are shuffled together.")
     max_train_samples: Optional[int] = HfArg(default=None, help="Use only the first N training samples.")
     max_val_samples: Optional[int] = HfArg(
         default=None, help="Use only the first N validation samples.", aliases=["--max_eval_samples"]
@@ -261,7 +265,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     output_dir: Optional[str] = HfArg(default=None, help="Folder for the model, checkpoints, results and logs.")
     per_device_train_batch_size: int = HfArg(default=8, help="Batch size per device.", aliases=["--train_batch_size"])
-    per_device_eval_batch_size: int = HfArg(default=8, help="The same in evaluation.", aliases=["--eval_batch_size"])
+    per_device_eval_batch_size: int = HfArg(default=8, help="Evaluation batch size.", aliases=["--eval_batch_size"])
     log_on_each_node: bool = HfArg(default=False, help="Log on each machine, not only on that of process 0.")
     report_to: Optional[list[str]] = HfArg(default=None, help="Where to log: all, tensorboard, wandb, none, ...")
     attn_implementation: Optional[str] = HfArg(default=None, help="Attention: sdpa, flash_attention_2, ...")
@@ -269,7 +273,7 @@ class TrainingArguments(transformers.TrainingArguments):
     dataloader_num_workers: Optional[int] = HfArg(
         default=None, help="Processes that make batches (default: up to 4 with an NVIDIA or AMD GPU, else none)."
     )
-    # The Trainer has dropped these: they are documented, shared with the Flax script, or given by `xla_spawn`.
+    # The Trainer has dropped these; the original scripts, the Flax script or `xla_spawn` still use them.
     overwrite_output_dir: bool = HfArg(default=False, help="Overwrite the contents of output_dir.")
     group_by_length: bool = HfArg(default=False, help="Group samples of similar length into batches.")
     tpu_num_cores: Optional[int] = HfArg(default=None, help="Number of TPU cores; xla_spawn sets it.")
@@ -293,7 +297,7 @@ class TrainingArguments(transformers.TrainingArguments):
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir  # The Trainer would make one up.
-        self.accelerator_config.non_blocking |= self.dataloader_pin_memory  # Copies to the GPU do not wait for it.
+        self.accelerator_config.non_blocking |= self.dataloader_pin_memory  # The host does not wait for copies.
         for callback in get_reporting_integration_callbacks(self.report_to):  # Raises for an unknown name,
             callback()  # and for a package that is not installed.
         online = "wandb" in self.report_to and os.environ.get("WANDB_MODE", "online") == "online"
@@ -313,7 +317,7 @@ class TrainingArguments(transformers.TrainingArguments):
                     raise UserError(f"--{item.name} does not work here: {reason}")
 
     def check_combinations(self):
-        """Raise `UserError` for what the Trainer would find out in the middle of a run."""
+        """Raise `UserError` for mistakes that the Trainer would notice only in the middle of a run."""
         best, metrics, workers = self.metric_for_best_model, mean_metrics(0, 0, 1), self.dataloader_num_workers
         known = best is None or best.removeprefix("eval_") in metrics
         requirements = [
@@ -342,7 +346,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
     @property
     def device(self):
-        """The device; a CPU has no process number, or `torch.load` could not map a checkpoint to it."""
+        """The device. A CPU gets no index, because `torch.load` cannot map a checkpoint to `cpu:1`."""
         device = super().device
         return torch.device("cpu") if device.type == "cpu" else device
 
@@ -351,7 +355,7 @@ class TrainingArguments(transformers.TrainingArguments):
 
 
 def default_workers():
-    """Return the number of processes that make batches for a GPU: a few, and fewer than this process has cores."""
+    """Return the default number of loader workers: none without a GPU, else a few, fewer than there are cores."""
     if not torch.cuda.is_available():
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -359,7 +363,7 @@ def default_workers():
 
 
 class ArgumentParser(HfArgumentParser):
-    """An `HfArgumentParser` that raises `UserError` for invalid and unknown flags; `source` is where they come from."""
+    """An `HfArgumentParser` that raises `UserError` for invalid and unknown flags; its messages start with `source`."""
 
     source = ""
 
@@ -398,7 +402,7 @@ class ArgumentParser(HfArgumentParser):
         return [group(**{name: values[name] for name in names[group]}) for group in names]
 
     def find_wrong_flag(self, values):
-        """Return the flag without which the argument groups can be made."""
+        """Return the flag that keeps the argument groups from being made, or "arguments" if no single one does."""
         for name, value in values.items():
             if value != self.get_default(name):
                 with contextlib.suppress(Exception):
@@ -408,7 +412,7 @@ class ArgumentParser(HfArgumentParser):
 
 
 def expand_home(value):
-    """Return a setting with the user's folder in place of a ~ at its beginning, or at that of each of its items."""
+    """Return a setting with a leading ~, in a list that of each item, replaced by the user's home folder."""
     if isinstance(value, list):
         return [expand_home(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
@@ -474,7 +478,10 @@ def check_args(model, data, training):
             data.dataset_name or data.train_file or data.validation_file,
             "no data: give --train_file, --validation_file or --dataset_name",
         ),
-        (data.dataset_name or data.train_file or not training.do_train, "--do_train needs --train_file"),
+        (
+            data.dataset_name or data.train_file or not training.do_train,
+            "--do_train needs --train_file or --dataset_name",
+        ),
         (
             not (data.dataset_name and (data.train_file or data.validation_file)),
             "use either --dataset_name or --train_file and --validation_file",
@@ -511,7 +518,7 @@ def user_errors(subject, kinds=Exception):
             raise
         cause = error.__cause__ or error
         if isinstance(cause, KeyError) or cause.__traceback__ is None:
-            cause = error  # The other is a key without words, or a whole traceback from another process.
+            cause = error  # The cause would show only a key, or the whole traceback of another process.
         text = str(cause).removeprefix(f"[Errno {getattr(cause, 'errno', None)}]").removesuffix(f": {subject!r}")
         text = text.strip() or type(cause).__name__
         text = text if len(text) <= MAX_CAUSE else f"{text[:MAX_CAUSE]} ..."
@@ -521,8 +528,8 @@ def user_errors(subject, kinds=Exception):
 def is_bug(error):
     """Return whether a line of this script raised the exception, or one that caused it.
 
-    Libraries raise theirs for what they read of the user's. A line of this script does so only where it opens or
-    decodes a file, or with an `InputError`.
+    Libraries raise exceptions about the user's input. A line of this script does so only where it opens or decodes a
+    file, or with an `InputError`.
     """
     while error is not None:
         # As text: an exception from another process has no frames.
@@ -574,7 +581,7 @@ def print_error(error):
 
 
 def is_lost_connection(error):
-    """Return whether an operation of several processes failed, as it does in the others when one of them ends."""
+    """Return whether an operation that needs all processes failed because another process has ended."""
     cause = error.__cause__ or error
     words = re.search("gloo|nccl|remote server shutdown", str(cause), re.IGNORECASE)
     return isinstance(cause, (RuntimeError, ValueError)) and words is not None
@@ -582,10 +589,10 @@ def is_lost_connection(error):
 
 # ---- 2. Data --------------------------------------------------------------------------------------------------------
 def load_raw_datasets(model_args, data_args):
-    """Return {"train", "validation"}, or the one that exists: data sets or streams with one column, the text.
+    """Return the data sets or streams {"train", "validation"}, or only one of them, with one column, the text.
 
     Word references are a second column. Without validation data, the first texts of the training data are used: a
-    percentage of them, or of a stream as many as an evaluation needs (see `tokenize_streams`).
+    percentage of them or, from a stream, as many as an evaluation needs (see `tokenize_streams`).
     """
     if data_args.dataset_name:
         with user_errors(f"--dataset_name {data_args.dataset_name}"):
@@ -607,16 +614,16 @@ def load_raw_datasets(model_args, data_args):
 
 
 def load_named_dataset(model_args, data_args):
-    """Return {"train", "validation"}, or the one that exists, of a data set of the hub or in a folder."""
+    """Return {"train", "validation"}, or only one of them, of a data set on the hub or in a folder."""
     name, config_name = data_args.dataset_name, data_args.dataset_config_name
     options = {"streaming": data_args.streaming, **model_args.hub_options}
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # Otherwise local files are counted, by a request to a server.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # Otherwise even local files send a request, to be counted.
     if data_args.overwrite_cache:  # Read the files again, but do not download them again.
         options["download_mode"] = "reuse_cache_if_exists"
     if os.path.isdir(name):
         check_card(name)
         files = sorted(glob.glob(os.path.join(glob.escape(name), "**"), recursive=True))
-        # The key of the cache has the times of the last changes already.
+        # The sizes become part of the cache key, which already has the modification times.
         options["description"] = " ".join(str(os.path.getsize(path)) for path in files if os.path.isfile(path))
     if os.path.exists(os.path.join(name, "state.json")):  # One split, as `Dataset.save_to_disk` writes it.
         files = {"train": os.path.join(glob.escape(name), "data-*.arrow")}
@@ -694,7 +701,7 @@ def load_files(split, names, model_args, data_args, separator=None):
 
 
 def cache_texts(read, paths, settings, cache_dir, overwrite):
-    """Return the texts of files as a data set on the disk, which is written if it is not there."""
+    """Return the texts of files as a data set in the cache; write it first if it is missing, or with `overwrite`."""
     folder = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, "texts")
     os.makedirs(folder, exist_ok=True)
     key = datasets.fingerprint.Hasher.hash([settings, [file_version(path) for path in paths]])
@@ -726,7 +733,7 @@ def file_format(path):
 
 
 def read_tables(paths, **settings):
-    """Yield (key, table) for the texts of files, in their order: what `datasets` makes a stream of."""
+    """Yield (key, table) for the texts of files, in their order, the form in which `datasets` takes a stream."""
     for path in paths:
         texts = itertools.islice(read_texts(path, **settings), 1, None)
         for number, part in enumerate(bounded_parts(zip(texts), ENCODE_BATCH)):
@@ -766,7 +773,7 @@ def read_texts(path, column, separator=None, token=None):
     """
     kind, packing = file_format(path)
     with user_errors(path), open_file(path, packing, token) as file:
-        newline = "" if kind in ("csv", "tsv") else None  # There, a text may have line breaks.
+        newline = "" if kind in ("csv", "tsv") else None  # In these formats, a text may contain line breaks.
         text = None if kind == "parquet" else io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
         if kind == "txt":
             rows = itertools.chain(["text"], enumerate((line.removesuffix("\n") for line in text), 1))
@@ -784,7 +791,7 @@ def read_texts(path, column, separator=None, token=None):
             for number, value in rows:
                 if value is not None and not isinstance(value, str):
                     raise InputError(f"line {number}: the column {column} holds {value!s:.40}, not text")
-                (value or "").encode()  # JSON may hold half a character.
+                (value or "").encode()  # Raises for half a character (a lone surrogate), which JSON may hold.
                 yield value or ""
         except UnicodeEncodeError as error:
             raise InputError(f"line {number}: {error}") from None
@@ -846,9 +853,9 @@ def read_parquet(file, column):
 
 
 def add_word_references(dataset, path, names):
-    """Return the data set with the column "references": line i of the file is about text i.
+    """Return the data set with a column "references", from a file whose line i belongs to text i.
 
-    Each row holds the number of the line, and then the positions that stand there.
+    Each row holds the number of the line, followed by the positions on that line.
     """
     references = []
     with user_errors(path):
@@ -891,7 +898,7 @@ def choose_max_seq_length(data_args, tokenizer, config):
         positions -= 1 + (tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id)
     limit, asked = min(tokenizer.model_max_length, positions), data_args.max_seq_length
     if asked and asked > limit:
-        logger.warning(f"--max_seq_length {asked} is more than the model allows; using {limit}.")
+        logger.warning(f"--max_seq_length {asked} is more than the model or its tokenizer allows; using {limit}.")
     if asked and asked <= tokenizer.num_special_tokens_to_add():
         raise UserError(f"--max_seq_length {asked} leaves no room for text beside the special tokens")
     return min(asked or MAX_DEFAULT_LENGTH, limit)
@@ -907,8 +914,8 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
 
     Line by line, each non-blank text is a row, truncated; else the texts are joined and cut into full rows, and the
     remainder of the batch is dropped. With `word_starts`, or with references, (text, [line, *positions]), the column
-    `continues_word: list<uint8>` is 1 where a token belongs to the word before it. Memory is bounded: the texts are
-    tokenized at most `most` at a time, and at most `CALL_LENGTH` characters.
+    `continues_word: list<uint8>` is 1 where a token continues the word of the token before. Memory is bounded: the
+    tokenizer gets at most `most` texts and `CALL_LENGTH` characters at a time.
     """
     before, after = special_ids
     room = max_seq_length - len(before) - len(after) if line_by_line else sys.maxsize
@@ -935,7 +942,7 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
 
 
 def text_item(values):
-    """Return (text,) or (text, references) of a row; raises `InputError` if a stream without types holds no text."""
+    """Return (text,) or (text, references) of a row; raises `InputError` for a value that is not text."""
     text, *references = values
     if text is not None and not isinstance(text, str):
         raise InputError(f"the text column holds {text!s:.40}, not text; see --text_column_name")
@@ -956,7 +963,7 @@ def reference_flags(references, first, length):
     line, *positions = references
     for position in positions:
         if not first < position < first + length:
-            tokens = f"the text has {length} tokens, from {first} on"
+            tokens = f"the text has {length} tokens, the first one at position {first}"
             raise InputError(f"line {line} of its references: no word continues at position {position}; {tokens}")
     flags = np.zeros(length, np.uint8)
     flags[np.array(positions, int) - first] = 1
@@ -975,7 +982,7 @@ def encode_bodies(texts, tokenizer, word_starts, id_type):
 
     # The backend is a fifth faster than the tokenizer, which also makes columns not used here.
     backend = tokenizer.backend_tokenizer
-    if max(map(len, texts), default=0) > CALL_LENGTH:  # Alone in its part.
+    if max(map(len, texts), default=0) > CALL_LENGTH:  # `bounded_parts` puts such a text into a part of its own.
         pairs = [encode_long(texts[0], functools.partial(backend.encode, add_special_tokens=False), arrays)]
     else:
         encode = backend.encode_batch_fast if word_starts is None else backend.encode_batch
@@ -1005,7 +1012,7 @@ def encode_long(text, encode, arrays):
 
 
 def find_meeting(encodings, ids, step):
-    """Return the place of the same token in the encodings of two parts that begin `step` characters apart."""
+    """Return the index of the same token in the encodings of two parts that begin `step` characters apart, or None."""
     for middle in range(OVERLAP // 2, OVERLAP // 2 + SAME_TOKENS):
         places = encodings[0].char_to_token(step + middle), encodings[1].char_to_token(middle)
         if None in places or min(places) < SAME_TOKENS:
@@ -1018,7 +1025,7 @@ def find_meeting(encodings, ids, step):
 
 
 def continues_word(ids, words, word_starts):
-    """Return uint8 [L]: 1 for a token of the word of the token before it, unless it is marked as the start of one."""
+    """Return uint8 [L]: 1 where a token is of the same word as the one before, and not marked as a start."""
     words = np.array(words, float)  # None, of an added token, becomes NaN, which equals nothing.
     flags = np.zeros(len(ids), np.uint8)
     flags[1:] = (words[1:] == words[:-1]) & ~word_starts[ids[1:]]
@@ -1028,7 +1035,7 @@ def continues_word(ids, words, word_starts):
 def find_word_starts(tokenizer):
     """Return for each id whether its token is marked as the start of a word: bool [V].
 
-    Some tokenizers (Llama, Gemma) take a text for one word, but mark the spaces in their tokens.
+    Some tokenizers (Llama, Gemma) treat a whole text as one word, but mark the spaces in their tokens.
     """
     if not tokenizer.is_fast:
         raise UserError("--whole_word_mask needs a fast tokenizer; see --use_fast_tokenizer")
@@ -1044,7 +1051,7 @@ def find_word_starts(tokenizer):
 def make_encoder(tokenizer, data_args, max_seq_length):
     """Return `encode_texts` for the settings of a run."""
     tokenizer = copy.deepcopy(tokenizer)
-    # These calls also set the backend to what the tokenizer says, in place of what earlier calls have left there.
+    # These calls also reset the backend to the settings of the tokenizer, whatever earlier calls have left there.
     text, body = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     place = next(i for i in range(len(text)) if text[i : i + len(body)] == body)
     id_type = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "int32"
@@ -1061,7 +1068,7 @@ def make_encoder(tokenizer, data_args, max_seq_length):
 def encode_dataset(raw, encode, data_args, description):
     """Return the token rows of a data set of texts, from the cache if it has them.
 
-    Each worker encodes whole batches: if it encoded a share of the texts, joined rows would depend on the workers.
+    Each worker encodes whole batches, so that joined rows do not depend on the number of workers.
     """
     batches = raw.select(range(0, len(raw), ENCODE_BATCH))  # A row per batch; its number is what `map` passes on.
     workers = data_args.preprocessing_num_workers
@@ -1103,9 +1110,9 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
 
 
 def tokenize_streams(streams, encode, data_args, training_args):
-    """Return {"train": StreamedDataset, "validation": TokenizedDataset}; the second one is held in memory.
+    """Return {"train": StreamedDataset, "validation": TokenizedDataset}; the validation data is held in memory.
 
-    Without validation data of its own, it is made of the first texts of the training data, as many as it needs.
+    If there is none, it is made from the first texts of the training data, as many as are needed.
     """
     tokenized, num_texts = {}, 0
     if "validation" in streams:
@@ -1131,7 +1138,7 @@ def first_rows(stream, encode, wanted):
     """Return the first token rows of a stream (None: all), and the number of texts that they are made of."""
     counter = itertools.count()
     texts = (text_item(example.values()) for example, _ in zip(stream, counter))
-    most = ENCODE_BATCH if wanted is None else 1  # One by one, no text is taken for nothing.
+    most = ENCODE_BATCH if wanted is None else 1  # Taken one by one, so that no text is left unused.
 
     def tables():
         for first in texts:
@@ -1182,7 +1189,7 @@ class SampleKey(NamedTuple):
 
 
 def fill_up(keys, size):
-    """Return `size` keys: what is missing repeats the first sample without labels, so that each sample counts once."""
+    """Return `size` keys: missing ones repeat the first key, without labels, so that each sample counts only once."""
     return keys + [keys[0]._replace(labelled=False)] * (size - len(keys))
 
 
@@ -1257,7 +1264,7 @@ class StreamedDataset:
         return self.num_tokens / max(1, self.num_samples)
 
     def rows(self, block):
-        """Yield (the changes of the place, row) from the beginning of a block to the end of the pass."""
+        """Yield (the place of a row in the text, the row) from the beginning of a block to the end of the pass."""
         raw = copy.deepcopy(self.raw)
         raw.load_state_dict(block["raw"])
         before, skip = block["raw"], block["skip"]
@@ -1312,7 +1319,7 @@ def group_by_length(order, lengths, batch_size):
 
 
 class Position(NamedTuple):
-    """A place in the training data: epoch, samples of it that are trained, global batch size that its order is for."""
+    """A place in the training data: the epoch, how many of its samples are trained, and the batch size of its order."""
 
     epoch: int
     sample: int
@@ -1323,7 +1330,7 @@ class RunPlan:
     """Which samples each optimizer step of a run trains on: a function of data, arguments and the step alone.
 
     An epoch is a pass over the samples; a stream is one epoch without end. `start` is the position of this process,
-    which follows `first_step` steps. They may have had another batch size: the position counts samples.
+    which follows `first_step` steps. Those may have had another batch size, so the position counts samples.
     """
 
     def __init__(self, dataset, args, first_step=0, start=None):
@@ -1335,7 +1342,7 @@ class RunPlan:
             self.first_step = first_step
             self.start = Position(epoch, sample, batch_size if sample else self.batch_size)
         self.num_steps = args.max_steps
-        if self.num_steps <= 0:  # By epochs; the steps before count as if they had had the same batch size.
+        if self.num_steps <= 0:  # Given in epochs; earlier steps count as if they had used this batch size.
             left = math.ceil(args.num_train_epochs * self.steps_per_epoch) - self.start.epoch * self.steps_per_epoch
             done = self.steps_per_epoch - self.steps_left(self.start)
             self.num_steps = self.first_step + left - done
@@ -1366,7 +1373,7 @@ class RunPlan:
         return Position(self.start.epoch + 1 + epochs, steps * self.batch_size, self.batch_size)
 
     def num_samples(self, step):
-        """Return the samples that this process's run has trained on after a step: an incomplete step has fewer."""
+        """Return how many samples this command has trained on after a step; an incomplete step has fewer."""
         position = self.position(step)
         if position.epoch == self.start.epoch:
             return position.sample - self.start.sample
@@ -1376,7 +1383,7 @@ class RunPlan:
         return first + epochs * self.epoch_size(position) + position.sample
 
     def epoch(self, step):
-        """Return the passes over the training data after a step: of a stream, the share of the run."""
+        """Return the passes over the training data after a step; for a stream, the share of the run that is done."""
         if self.is_stream:
             return step / self.num_steps
         position = self.position(step)
@@ -1407,7 +1414,7 @@ class RunPlan:
 def epoch_order(dataset, args, position):
     """Return the indices of the samples of an epoch in training order: int64 [N].
 
-    What an incomplete last step would hold is dropped from the random order, before it is sorted by length.
+    With `drop_last_step`, the samples of an incomplete last step are dropped before the order is sorted by length.
     """
     order, size = epoch_permutation(args.order_seed, position.epoch, len(dataset)), position.batch_size
     if args.drop_last_step:
@@ -1418,7 +1425,7 @@ def epoch_order(dataset, args, position):
 def epoch_permutation(seed, epoch, num_samples):
     """Return the order of an epoch's samples: int64 [N], equal to `jax.random.permutation` in run_mlm_flax.py.
 
-    JAX sorts by random keys, and again until ties no longer matter; here its generator runs in NumPy.
+    JAX sorts by random keys, often enough that ties do not matter; here, NumPy runs the same generator.
     """
     pair = np.zeros(2, np.uint32), np.arange(2, dtype=np.uint32)
     key = np.concatenate(threefry(np.uint32([0, seed]), np.uint32([0]), np.uint32([epoch])))
@@ -1485,8 +1492,8 @@ def mask_tokens(
 class MaskingCollator:
     """Pads samples into one batch and masks it, in NumPy.
 
-    A sample's masks depend on (seed, epoch, index), their share on its "progress" in the run from 0 to 1: not on batch,
-    worker, device or restart. Samples without an index are numbered in the order in which they come.
+    A sample's masks depend only on (seed, epoch, index), their share also on its "progress" in the run, from 0 to 1;
+    batch, worker, device and restart do not matter. Samples without an index are numbered in the order they come in.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -1555,8 +1562,8 @@ class MaskedLMCollator(MaskingCollator, DataCollatorForLanguageModeling):
     """The stock collator with reproducible masks. It pads batches to at least `length`.
 
     With `few_shapes`, it pads them to one of few lengths up to `max_seq_length`. With `compact`, it leaves out what a
-    step does not need: the mask of a batch without padding, and labels that say nothing, all of them or, with
-    `fill_slots`, all above a number that is the same for almost every batch.
+    step does not need: the mask of a batch without padding, and the positions without a label. With `fill_slots`, it
+    keeps so many of these that their number K, with the labelled ones, is the same for almost every batch.
     """
 
     length: int = 0
@@ -1574,7 +1581,7 @@ class MaskedLMCollator(MaskingCollator, DataCollatorForLanguageModeling):
         batch = self.collate(examples, self.pad_to_multiple_of, length)
         if self.compact:
             if batch["attention_mask"].all() and not self.few_shapes:
-                del batch["attention_mask"]  # Models look whether a mask hides anything, and wait for the answer.
+                del batch["attention_mask"]  # Models would check whether it hides anything, and wait for the device.
             slots = int((batch["labels"] != IGNORED_LABEL).sum())
             if self.fill_slots:
                 slots = label_slots(batch["labels"], self.probability(examples[0].get("epoch", 0)))
@@ -1583,7 +1590,7 @@ class MaskedLMCollator(MaskingCollator, DataCollatorForLanguageModeling):
 
 
 def padded_length(longest, max_seq_length):
-    """Return the length that a batch is padded to: one of at most `MAX_SHAPES`, because each one is compiled."""
+    """Return the length that a batch is padded to: one of at most `MAX_SHAPES`, as the step is compiled for each."""
     multiple = 8 * math.ceil(max_seq_length / MAX_SHAPES / 8)
     return min(max_seq_length, multiple * math.ceil(longest / multiple))
 
@@ -1620,7 +1627,7 @@ def load_tokenizer(model_args):
 
 
 def add_new_tokens(tokenizer, path):
-    """Add the tokens in a file, one a line, that the tokenizer lacks; return {new id: ids of its old pieces}."""
+    """Add the tokens in a file, one per line, that the tokenizer lacks; return {new id: ids of its old pieces}."""
     if path is None:
         return {}
     with user_errors(f"--new_tokens {path}"):
@@ -1675,7 +1682,7 @@ def fill_new_rows(model, new_tokens):
 
 
 def log_new_tokens(new_tokens, dataset):
-    """Log how many tokens fewer the training text has for the new tokens in it."""
+    """Log by how many tokens the new ones shorten the training text."""
     if new_tokens and isinstance(dataset, TokenizedDataset):
         ids = pc.list_flatten(dataset.dataset.data.column("input_ids")).to_numpy()
         counts = np.bincount(ids, minlength=max(new_tokens) + 1)
@@ -1684,7 +1691,7 @@ def log_new_tokens(new_tokens, dataset):
 
 
 def load_config(model_args, tokenizer):
-    """Return the configuration: the model's own, or of a new model that fits the tokenizer, with all overrides."""
+    """Return the model's own configuration, or that of a new model for this tokenizer, with all overrides applied."""
     name = model_args.config_name or model_args.model_name_or_path
     with user_errors(f"the configuration {name or model_args.model_type}"):
         if name:
@@ -1704,9 +1711,9 @@ def load_config(model_args, tokenizer):
         for key, value in config.to_dict().items():
             if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(config, key, model_args.dropout_rate)
-    vars(config).pop("auto_map", None)  # It names code beside the model, which is not run and not copied.
+    vars(config).pop("auto_map", None)  # It names code in the model folder, which is neither run nor copied.
     if not model_args.model_name_or_path:
-        text_config = config.get_text_config()  # The part for text, of a model that sees images too.
+        text_config = config.get_text_config()  # The text part, if the model also takes images.
         text_config.vocab_size = max(tokenizer.get_vocab().values()) + 1
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(tokenizer, key) is not None:
@@ -1765,7 +1772,7 @@ def load_tensorflow_model(path, config):
 
 # ---- 5. Training ----------------------------------------------------------------------------------------------------
 class StepSampler(torch.utils.data.Sampler):
-    """Yields the samples of the steps of a `RunPlan` that this process still trains: keys, or samples of a stream."""
+    """Yields the samples of the remaining steps of a `RunPlan`: keys or, from a stream, the samples themselves."""
 
     def __init__(self, plan):
         self.plan = plan
@@ -1778,7 +1785,7 @@ class StepSampler(torch.utils.data.Sampler):
 
 
 def ignore_signals(worker_id):
-    """Make a loader worker ignore SIGTERM and Ctrl-C, which a whole process group gets: the main process ends it."""
+    """Make a loader worker ignore SIGTERM and Ctrl-C, which reach its whole group: the main process ends workers."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -1790,13 +1797,13 @@ def model_inputs(model, batch):
 
 @functools.cache
 def input_names(config_class):
-    """Return the names of what the masked-LM model of a configuration takes, without "labels"."""
+    """Return the names of the inputs of the masked-LM model for a configuration class, without "labels"."""
     names = inspect.signature(MODEL_FOR_MASKED_LM_MAPPING[config_class].forward).parameters
     return [name for name in names if name != "labels"]
 
 
 class SparseHead:
-    """Keeps only some hidden states [1, K, H] of a model from a place on: those at the positions given to `at`.
+    """From one place in a model on, keeps only the hidden states [1, K, H] at the positions given to `at`.
 
     `start` is "encoder": after the encoder, so that only the head is sparse; or "layer": after the last attention.
     Raises `InputError` for a model without this place. The hook stays, so that the compiler sees one model.
@@ -1815,7 +1822,7 @@ class SparseHead:
 
     @contextlib.contextmanager
     def at(self, positions, shape):
-        """Keep the hidden states at `positions` (flat, int [K]) of batches of a shape (B, L) in the block."""
+        """In the block, keep only the hidden states at `positions`, int [K] in B * L, of batches of shape (B, L)."""
         self.positions, self.shape = positions, shape
         try:
             yield
@@ -1844,7 +1851,7 @@ def find_sparse_start(model, collator, max_seq_length):
     """Return the best `start` of a `SparseHead` that leaves the logits as they are, or None if none does."""
     found, training = None, model.training
     model.eval()
-    # Of odd length for "layer": some architectures attend to padded rows, whose positions are others.
+    # An odd length for "layer" exposes architectures that pad rows internally, which changes the flat positions.
     for start, length in (("encoder", min(32, max_seq_length)), ("layer", min(31, max_seq_length))):
         ids = np.arange(2 * length).reshape(2, -1) % collator.vocab_size
         inputs = model_inputs(model, collator([{"input_ids": row} for row in ids]))
@@ -1852,7 +1859,7 @@ def find_sparse_start(model, collator, max_seq_length):
         positions = torch.arange(0, 2 * length, 3, device=model.device)
         with torch.no_grad(), contextlib.ExitStack() as hooks:
             dense, sparse = model(**inputs).logits.flatten(0, 1)[positions], torch.zeros(0)
-            # Models fail in many ways, and then do not allow this start.
+            # Any failure means that the model does not allow this start.
             with contextlib.suppress(UserError), user_errors(start):
                 head = SparseHead(model, start)
                 hooks.callback(head.hook.remove)
@@ -1867,7 +1874,7 @@ def find_sparse_start(model, collator, max_seq_length):
 
 
 class HostCopy:
-    """A tensor on its way to the host: reading it waits for what a GPU was to do until then, not for what follows."""
+    """A tensor being copied to the host: `read` waits for the GPU work queued before the copy, not for later work."""
 
     def __init__(self, tensor):
         self.tensor = tensor.to("cpu", non_blocking=True) if tensor.is_cuda else tensor
@@ -1897,7 +1904,7 @@ class MaskedLMTrainer(Trainer):
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
 
     def masked_logits(self, model, inputs):
-        """Return (logits [K, V], labels [K]) at the positions of a batch, or at all of them if it names none."""
+        """Return (logits [K, V], labels [K]) at the positions that a batch names, or at all of its positions."""
         labels, positions = inputs["labels"].flatten(), inputs.get("positions")
         batch = model_inputs(self.model, inputs)
         if self.head is None or positions is None:
@@ -1952,7 +1959,7 @@ class MaskedLMTrainer(Trainer):
             self.timer = self.state.global_step, now
             self.read_steps()
             logs["loss"] = self.losses.report()
-        if "train_loss" in logs:  # The Trainer reports the loss of this process's steps, and the speed of all steps.
+        if "train_loss" in logs:  # After a resume, the Trainer reports the loss of this command, but the speed of all.
             start, steps = time.time() - logs["train_runtime"], self.state.global_step - self.plan.first_step
             logs |= speed_metrics("train", start, self.plan.num_samples(self.state.global_step), steps)
             self.read_steps()
@@ -2037,7 +2044,7 @@ class MaskedLMTrainer(Trainer):
             self.lr_scheduler.step()
 
     def _load_scaler(self, checkpoint):
-        if self.accelerator.scaler:  # A run without --fp16, such as one on a CPU, has none to load.
+        if self.accelerator.scaler:  # Without --fp16, as on a CPU, there is no scaler to load.
             with user_errors(f"the scale of the loss in {checkpoint}"):
                 super()._load_scaler(checkpoint)
 
@@ -2072,10 +2079,10 @@ class MaskedLMTrainer(Trainer):
         self.unread.append((self.state.global_step, HostCopy(sums)))
         self.read_steps(all_but=1)
         if self.plan.is_stream:
-            self.train_dataset.block_at(self.plan.position(self.state.global_step).sample)  # Forgets the ones before.
+            self.train_dataset.block_at(self.plan.position(self.state.global_step).sample)  # Forgets the blocks before.
 
     def read_steps(self, all_but=0):
-        """Count the losses of the steps that are not read yet; waits for these steps."""
+        """Add the losses of the unread steps, all but the last `all_but`; waits until those steps are done."""
         while len(self.unread) > all_but:
             step, sums = self.unread.pop(0)
             loss, *counts = sums.read()
@@ -2084,7 +2091,7 @@ class MaskedLMTrainer(Trainer):
 
 
 class RunCallback(TrainerCallback):
-    """Decides what is due after each step, makes up an evaluation on a resume, and stops after a signal."""
+    """Decides what is due after each step, makes up for a missed evaluation on a resume, and stops after a signal."""
 
     def __init__(self, trainer, signals, checkpoint, setup):
         self.trainer, self.signals, self.checkpoint, self.setup = trainer, signals, checkpoint, setup
@@ -2097,7 +2104,7 @@ class RunCallback(TrainerCallback):
         return self.signals.received
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Check and log the steps to come; evaluate if a stop came before the evaluation of the last step."""
+        """Check and log the steps to come; evaluate if the run was stopped before it could evaluate its last step."""
         self.setup.close()
         if state.global_step > state.max_steps:
             raise UserError(f"checkpoint-{state.global_step} is already past the {state.max_steps} steps asked for")
@@ -2115,7 +2122,7 @@ class RunCallback(TrainerCallback):
         self.trainer.timer = state.global_step, time.perf_counter()
 
     def decide(self, args, state, control):
-        """Set what is due after a step. The end of an epoch is that of its last step, so a checkpoint comes last."""
+        """Set what is due after a step. An epoch ends with its last step, so that its checkpoint comes last."""
         state.epoch = self.trainer.plan.epoch(state.global_step)
         flow = DefaultFlowCallback()
         flow.on_step_end(args, state, control)
@@ -2123,11 +2130,11 @@ class RunCallback(TrainerCallback):
             flow.on_epoch_end(args, state, control)
         last = state.global_step >= state.max_steps
         control.should_log |= last and args.logging_strategy != "no"
-        if last and args.do_eval and not args.metric_for_best_model:  # `evaluate` follows; it decides about no model.
+        if last and args.do_eval and not args.metric_for_best_model:  # `evaluate` follows, and no best model is chosen.
             control.should_evaluate = False
 
     def on_evaluate(self, args, state, control, **kwargs):
-        """Save after a signal in an evaluation; an evaluation does not count as time of the training steps."""
+        """Save after a signal in an evaluation; the time of an evaluation does not count as training time."""
         control.should_save |= bool(self.received())
         self.trainer.timer = state.global_step, time.perf_counter()
 
@@ -2174,7 +2181,7 @@ def read_state(checkpoint):
     try:
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
             state = json.load(file)
-    except (FileNotFoundError, ValueError):  # It is written last, and by PyTorch in pieces.
+    except (FileNotFoundError, ValueError):  # It is written last, and the Trainer does not write it in one go.
         return None
     except OSError:
         return False
@@ -2262,7 +2269,7 @@ def check_output_dir(args, own):
 
 
 def note_old_run(checkpoint, own, *groups):
-    """Note what the run replaces in `old_run`, and in `named_checkpoints` the checkpoints that flags name.
+    """Set `old_run`, the paths that the run replaces, and `named_checkpoints`, the checkpoints that flags name.
 
     Raises `UserError` if a flag reads something that would be deleted.
     """
@@ -2283,7 +2290,7 @@ def note_old_run(checkpoint, own, *groups):
 
 
 def flag_paths(groups):
-    """Return {path: flag} of what flags may read: each text as a real path, globs expanded, and the folders above."""
+    """Return {path: flag} of the paths that flags may read: texts as real paths, globs expanded, and their parents."""
     found = {}
     for name, value in itertools.chain.from_iterable(vars(group).items() for group in groups):
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
@@ -2294,16 +2301,16 @@ def flag_paths(groups):
 
 
 def needed_checkpoints(checkpoint):
-    """Return the real paths of a checkpoint and of the best one, where its state names it or beside it if moved."""
+    """Return the real paths of a checkpoint and its best one, where its state says or, if moved, beside it."""
     best = read_state(checkpoint).get("best_model_checkpoint") or checkpoint
     beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(best))
     return {os.path.realpath(path) for path in (checkpoint, best, beside)}
 
 
 def replace_old_run(args, trained=True):
-    """Delete what the run replaces, right before its first checkpoint or model; `trained`: it has made a step.
+    """Delete what the run replaces, right before its first checkpoint or model.
 
-    A finished run that has nothing left to train keeps its results.
+    A finished run that has nothing left to train, so that `trained` is false, keeps its results.
     """
     finished = os.path.exists(os.path.join(args.output_dir, "train_results.json")) and not args.overwrite_output_dir
     if args.writes_results and (trained or not finished):
@@ -2374,7 +2381,7 @@ class StopSignals:
     def __enter__(self):
         self.received, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
         self.process = os.getpid()
-        in_main_thread = threading.current_thread() is threading.main_thread()  # No other may handle signals.
+        in_main_thread = threading.current_thread() is threading.main_thread()  # Only the main thread can set handlers.
         numbers = STOP_SIGNALS if in_main_thread else ()
         self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
@@ -2385,7 +2392,7 @@ class StopSignals:
             logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if stopped and not self.deferred:  # Compiled code turns the exit into an exception of its own.
+        if stopped and not self.deferred:  # Compiled code may have replaced the exit by its own exception.
             raise SystemExit(128 + self.received)
 
     def handle(self, number, frame):
@@ -2405,7 +2412,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def defer(self):
-        """Only note signals in the block, which calls `stop`."""
+        """Within the block, only note signals; the block itself calls `stop`."""
         self.deferred = True
         if self.received:  # A destructor can swallow the exception of `handle`.
             self.stop(self.received, "")
@@ -2448,9 +2455,9 @@ def log_training(args, num_parameters, step, num_steps, learning_rate):
     logger.info(f"global batch size: {size:,} (batch {samples}, accumulation {accumulated}, devices {devices})")
     decay = (args.lr_scheduler_kwargs or {}).get("num_decay_steps") or 1
     if step == num_steps:
-        logger.info("The run is finished. To train anew, use another --output_dir or --overwrite_output_dir.")
+        logger.info("The run is finished. To train again, use another --output_dir or --overwrite_output_dir.")
     elif num_steps < args.warmup_steps + decay and args.lr_scheduler_type != "constant":
-        logger.warning("--warmup_steps and the decay are longer than the run: the learning rate misses its peak.")
+        logger.warning("--warmup_steps and the decay are longer than the run: the learning rate never peaks.")
 
 
 def log_predictions(dataset, collator, predict):
@@ -2517,7 +2524,7 @@ def resume_run(dataset, args, settings, checkpoint):
         return RunPlan(dataset, args), LossSums()
     with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
         state = json.load(file)
-    run = (state.get("stateful_callbacks") or {}).get("run") or {}  # Former versions wrote none.
+    run = (state.get("stateful_callbacks") or {}).get("run") or {}  # Earlier versions did not write it.
     if isinstance(dataset, StreamedDataset) and run.get("block"):
         dataset.start(run["block"])
     saved = {**settings, **run.get("settings", {})}
@@ -2538,8 +2545,8 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         length=max_seq_length if data_args.pad_to_max_length else 0,
         max_seq_length=max_seq_length,
         few_shapes=training_args.torch_compile and data_args.line_by_line,
-        compact=not training_args.accelerator_config.dispatch_batches,  # It would cut positions like samples.
-        fill_slots=training_args.torch_compile or not training_args.use_cpu,  # Else it is work for nothing.
+        compact=not training_args.accelerator_config.dispatch_batches,  # It would split positions like samples.
+        fill_slots=training_args.torch_compile or not training_args.use_cpu,  # Otherwise it is wasted work.
     )
     check_masks(tokenized.get("validation"), collator)
     log_devices(training_args)
@@ -2557,7 +2564,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         )
     trainer.remove_callback(PrinterCallback)  # `log_report` does this.
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):  # It would write those of an evaluation to the current folder.
+        if isinstance(callback, TensorBoardCallback):  # If it only evaluates, it would write to the current folder.
             callback.logging_dir = callback.logging_dir or os.path.join(training_args.output_dir, "runs")
     return trainer
 
@@ -2572,7 +2579,7 @@ def log_devices(args):
 
 
 def train(trainer, checkpoint, signals):
-    """Train, save the model and return the metrics; exits with 128 + signal, checkpoint saved, after a signal."""
+    """Train, save the model and return the metrics; after a signal, save a checkpoint and exit with 128 + signal."""
     args = trainer.args
     logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
     setup = contextlib.ExitStack()
@@ -2580,7 +2587,7 @@ def train(trainer, checkpoint, signals):
     trainer.remove_callback(DefaultFlowCallback)  # `RunCallback` calls it.
     trainer.add_callback(callback)
     with signals.defer(), setup:
-        setup.enter_context(user_errors("the Trainer"))  # Flags cause what fails before the callback closes `setup`.
+        setup.enter_context(user_errors("the Trainer"))  # Until the callback closes `setup`, a failure is due to flags.
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
         replace_old_run(args, trained=trainer.state.global_step > trainer.plan.first_step)
         with write_errors(args.output_dir, "the model"):
@@ -2623,7 +2630,7 @@ def show_predictions(trainer):
     try:
         with user_errors("the example predictions"):
             log_predictions(trainer.eval_dataset, trainer.data_collator, predict)
-    except UserError as error:  # They are a decoration: the run is good without them.
+    except UserError as error:  # They are optional: the run does not fail without them.
         logger.warning(str(error))
 
 
@@ -2662,30 +2669,30 @@ def ending_together(args, signals):
         yield
     except Exception as error:
         if args.world_size > 1 and is_lost_connection(error):
-            if signals.received:  # As the other one has.
+            if signals.received:  # The other process has, too.
                 signals.stop(signals.received, "; another process has ended, so no checkpoint is saved")
             raise UserError("another process of this run has ended; see its error") from error
         raise
 
 
 def leave_process_group():
-    """End loader workers, and the process group: while Python ends, its threads would abort the process."""
+    """End loader workers and the process group, whose threads would abort the process while Python exits."""
     for worker in multiprocessing.active_children():
         worker.kill()  # It ignores SIGTERM.
-    gc.collect()  # What was wrapped for the group would keep it alive.
+    gc.collect()  # Models wrapped for the group would keep it alive.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def hub_client():
-    """Return a client of the hub that gives up when a server does not answer; the usual one waits without end."""
+    """Return a client of the hub that gives up when a server does not answer; the default one waits forever."""
     client = default_client_factory()
     client.timeout = HUB_TIMEOUT
     return client
 
 
 def write_card(order_settings, groups, tokenized, history, metrics):
-    """Write the model card, and `arguments.json`, which makes the run again as the first argument of the script.
+    """Write the model card and `arguments.json`, which repeats the run if it is the first argument of the script.
 
     The card is public: it names no folder of this machine. `history` is the log history.
     """
@@ -2745,7 +2752,7 @@ def describe_split(dataset):
 
 
 def public_name(value):
-    """Return a setting for a public card: of a file or folder of this machine, only its own name."""
+    """Return a setting for a public card: for a file or folder on this machine, only its base name."""
     if isinstance(value, list):
         return " ".join(map(public_name, value))
     value = str(value)

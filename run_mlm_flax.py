@@ -7,7 +7,7 @@ Fine-tune a BERT-like model, or train one from scratch:
     python run_mlm_flax.py configs/quickstart.json --learning_rate 1e-3
 
 `run_mlm.py` is the same program on PyTorch: the same flags, masks, batches and result files. PyTorch is not needed.
-What has the same name in both scripts has the same source.
+Definitions with the same name have the same source in both scripts, unless they depend on the framework.
 
 Where to change what: the masking rule in `mask_tokens`, which sees token ids, not text; which ids are never masked in
 `MaskingCollator`; how text becomes rows of ids in `encode_texts`; the order of the samples in `epoch_order`; the loss
@@ -154,12 +154,12 @@ WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack")
 LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}  # Parameters in Flax and in PyTorch.
 SORTED_BLOCK = 64  # Token gradients that are added up in one piece; see `look_up`.
-LINE_BY_LINE_DEFAULT = True  # The documented default of this script: each text is a sample.
+LINE_BY_LINE_DEFAULT = True  # The default of the original script: each text is a sample.
 OPTIMIZER_FILES = ("optimizer.msgpack",)  # The optimizer state in a checkpoint.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay")
 MEETING_SECONDS = 300  # How long the processes wait for each other at the start; that of JAX.
-MAX_SHAPES = 6  # Lengths that batches are padded to when the step is compiled, once for each of them.
-# Arguments by the interval that their values must be in; round brackets exclude the end.
+MAX_SHAPES = 6  # Most lengths that batches are padded to when the step is compiled, once for each length.
+# Arguments, grouped by the interval that their values must be in; a round bracket excludes its end.
 INTERVALS = {
     "[1, 2147483647]": "train_batch_size eval_batch_size gradient_accumulation_steps max_seq_length max_train_samples "
     "max_val_samples preprocessing_num_workers shuffle_buffer_size save_total_limit num_processes tpu_num_cores "
@@ -192,11 +192,11 @@ FORMER_FLAGS = {
     "warmup_ratio": "--warmup_steps",
 }
 FILE_FORMATS = "txt", "csv", "tsv", "json", "jsonl", "parquet"
-ENCODE_BATCH = 1000  # Texts that are joined together, and at most tokenized in one call.
-CALL_LENGTH = 500_000  # Characters of one call of the tokenizer, which needs about 50 bytes for each.
+ENCODE_BATCH = 1000  # Number of texts that are joined together, and the most that one call tokenizes.
+CALL_LENGTH = 500_000  # Most characters in one call of the tokenizer, which needs about 50 bytes for each.
 OVERLAP = 4_000  # Characters that two parts of a longer text share.
 SAME_TOKENS = 100  # Tokens that both parts must agree on, on each side of the place where they meet.
-WORD_MARKS = "▁", "Ġ", "Ċ", "\n", "<0x0A>"  # Tokens that begin with a space or a line break begin so.
+WORD_MARKS = "▁", "Ġ", "Ċ", "\n", "<0x0A>"  # How the names of tokens with a leading space or line break start.
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits usually mean "no limit", and attention is quadratic.
 # Architectures whose position ids start at pad_token_id + 1.
 OFFSET_POSITIONS = (
@@ -204,27 +204,27 @@ OFFSET_POSITIONS = (
     "xmod"
 ).split()
 LENGTH_WINDOW = 50  # Batches whose samples `--group_by_length` sorts together.
-STREAMED_VALIDATION = 1000  # Samples for validation from the beginning of a stream without validation data.
+STREAMED_VALIDATION = 1000  # Validation samples taken from the start of a stream that has no validation data.
 CHECKPOINT_NAME = re.compile("checkpoint-[0-9]+")
-# What a run writes about its model: deleted with the model that it replaces.
+# Files that a run writes about its model; a run that replaces the model deletes them.
 RESULTS = "train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md"
-# What an upload sends, beside the vocabulary of the tokenizer: whatever else lies in the folder stays here.
+# Files that an upload sends, besides the vocabulary files of the tokenizer; nothing else in the folder is uploaded.
 PUBLISHED = (
     *("config.json", "generation_config.json", "model.safetensors", "model-*-of-*.safetensors"),
     *("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "chat_template.jinja", "training_args.bin", "runs/*events.out.tfevents.*"),
     *("logs/*events.out.tfevents.*", *RESULTS),
 )
-SECRETS = "token", "use_auth_token", "hub_token"  # Settings that are written nowhere.
-HUB_TIMEOUT = 60  # Seconds that a server of the hub may be silent.
+SECRETS = "token", "use_auth_token", "hub_token"  # Settings that are never written to a file.
+HUB_TIMEOUT = 60  # Seconds without an answer after which a request to the hub fails.
 MAX_CAUSE = 400  # Characters of a library's message that an error line shows.
 IGNORED_LABEL = -100
 STOP_SIGNALS = signal.SIGTERM, signal.SIGINT
 SECOND_INTERRUPT = 2.0  # Seconds after which a further Ctrl-C ends the program without a checkpoint.
-EVAL_EPOCH = 2**63  # No training epoch has this number: evaluation has masks of its own, the same ones every time.
-EVAL_SEED = 0  # Whatever --seed is: runs with several seeds are measured by the same masks.
+EVAL_EPOCH = 2**63  # No training epoch has this number, so evaluation has its own masks, the same ones every time.
+EVAL_SEED = 0  # Independent of --seed, so that runs with different seeds are evaluated with the same masks.
 ENDING = threading.Lock()  # Taken by the thread that ends the process.
-ORDER_KEYS = 2**62  # No sample has this index: the order of a block draws other numbers than masks do.
+ORDER_KEYS = 2**62  # Above every sample index, so that the order of a block and the masks use different random numbers.
 
 
 # ---- 1. Arguments ---------------------------------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class UserError(Exception):
 
 
 class InputError(ValueError):
-    """What this script finds wrong in something that it was given: `user_errors` adds where that comes from."""
+    """A fault that this script finds in its input; `user_errors` adds where that input comes from."""
 
 
 @dataclass
@@ -250,7 +250,7 @@ class ModelArguments:
     model_revision: str = HfArg(default="main", help="Branch, tag or commit of the model on the hub.")
     token: Optional[str] = HfArg(default=None, repr=False, help="Hub token, for private models and data sets.")
     use_auth_token: bool = HfArg(default=False, help="Use the hub token stored by `hf auth login`.")
-    new_tokens: Optional[str] = HfArg(default=None, help="File of tokens to add to the tokenizer, one a line.")
+    new_tokens: Optional[str] = HfArg(default=None, help="File of tokens to add to the tokenizer, one per line.")
     dropout_rate: Optional[float] = HfArg(default=None, help="Every dropout probability of the model.")
     dense_head: bool = HfArg(default=False, help="Compute the vocabulary logits at every position.")
 
@@ -272,7 +272,7 @@ class DataTrainingArguments:
     dataset_name: Optional[str] = HfArg(default=None, help="Data set: a hub name or a folder.")
     dataset_config_name: Optional[str] = HfArg(default=None, help="Configuration of the data set.")
     train_file: Optional[list[str]] = HfArg(
-        default=None, help=f"Training text, files or globs: {', '.join(FILE_FORMATS)}, also packed (.gz, .zst)."
+        default=None, help=f"Training text, files or globs: {', '.join(FILE_FORMATS)}, also compressed (.gz, .zst)."
     )
     validation_file: Optional[list[str]] = HfArg(default=None, help="Validation text, in the same formats.")
     train_ref_file: Optional[str] = HfArg(
@@ -284,18 +284,22 @@ class DataTrainingArguments:
     validation_split_percentage: Optional[int] = HfArg(
         default=5, help="Percentage of the training data used for validation if there is no validation data."
     )
-    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: all, at most 1024).")
+    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: the limit, at most 1024).")
     preprocessing_num_workers: Optional[int] = HfArg(default=None, help="Processes that tokenize.")
     mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
-    final_mlm_probability: Optional[float] = HfArg(default=None, help="The same share at the end: it falls linearly.")
-    eval_mlm_probability: Optional[float] = HfArg(default=None, help="The same share in evaluation (default: final).")
+    final_mlm_probability: Optional[float] = HfArg(
+        default=None, help="Share to mask at the last step, reached linearly (default: mlm_probability)."
+    )
+    eval_mlm_probability: Optional[float] = HfArg(
+        default=None, help="Share to mask in evaluation (default: final_mlm_probability)."
+    )
     mask_replace_prob: float = HfArg(default=0.8, help="Share of the chosen tokens that become the mask token.")
     random_replace_prob: float = HfArg(default=0.1, help="Share of the chosen tokens that become a random one.")
     whole_word_mask: bool = HfArg(default=False, help="Choose whole words (needs a fast tokenizer).")
-    line_by_line: bool = HfArg(default=LINE_BY_LINE_DEFAULT, help="Each text is a sample; else texts are joined.")
+    line_by_line: bool = HfArg(default=LINE_BY_LINE_DEFAULT, help="Make each text a sample instead of joining texts.")
     pad_to_max_length: bool = HfArg(default=False, help="Pad every batch to max_seq_length.")
-    streaming: bool = HfArg(default=False, help="Tokenize while training reads the text (needs max_steps).")
-    shuffle_buffer_size: int = HfArg(default=10_000, help="Samples that are shuffled together with streaming.")
+    streaming: bool = HfArg(default=False, help="Read and tokenize the text during training (needs max_steps).")
+    shuffle_buffer_size: int = HfArg(default=10_000, help="With streaming, how many samples are shuffled together.")
     max_train_samples: Optional[int] = HfArg(default=None, help="Use only the first N training samples.")
     max_val_samples: Optional[int] = HfArg(
         default=None, help="Use only the first N validation samples.", aliases=["--max_eval_samples"]
@@ -311,7 +315,7 @@ class TrainingArguments:
     do_train: bool = HfArg(default=False, help="Train.")
     do_eval: bool = HfArg(default=False, help="Evaluate.")
     train_batch_size: int = HfArg(default=8, help="Batch size per device.", aliases=["--per_device_train_batch_size"])
-    eval_batch_size: int = HfArg(default=8, help="The same in evaluation.", aliases=["--per_device_eval_batch_size"])
+    eval_batch_size: int = HfArg(default=8, help="Evaluation batch size.", aliases=["--per_device_eval_batch_size"])
     gradient_accumulation_steps: int = HfArg(default=1, help="Batches per optimizer step.")
     learning_rate: float = HfArg(default=5e-5, help="Base learning rate.")
     weight_decay: float = HfArg(default=0.0, help="Weight decay of AdamW (not of biases and layer norms).")
@@ -339,9 +343,9 @@ class TrainingArguments:
     save_total_limit: Optional[int] = HfArg(default=None, help="Keep at most this many checkpoints, the newest.")
     resume_from_checkpoint: Optional[str] = HfArg(default=None, help="Checkpoint (default: the newest in output_dir).")
     seed: int = HfArg(default=42, help="Seed of new weights, dropout, order and masks.")
-    disable_tqdm: Optional[bool] = HfArg(default=None, help="No progress bars (default: if stderr is no terminal).")
+    disable_tqdm: Optional[bool] = HfArg(default=None, help="No progress bars (default: if stderr is not a terminal).")
     bf16: bool = HfArg(default=False, help="Compute in bfloat16; the weights stay float32.")
-    gradient_checkpointing: bool = HfArg(default=False, help="Compute layers again in the backward pass, for memory.")
+    gradient_checkpointing: bool = HfArg(default=False, help="Recompute layers in the backward pass to save memory.")
     push_to_hub: bool = HfArg(default=False, help="Upload the model, its card and results to the hub after training.")
     hub_model_id: Optional[str] = HfArg(default=None, help="Hub repository (default: the name of output_dir).")
     hub_token: Optional[str] = HfArg(default=None, repr=False, help="Hub token for the upload (default: HF_TOKEN).")
@@ -383,7 +387,7 @@ class TrainingArguments:
 
 
 class ArgumentParser(HfArgumentParser):
-    """An `HfArgumentParser` that raises `UserError` for invalid and unknown flags; `source` is where they come from."""
+    """An `HfArgumentParser` that raises `UserError` for invalid and unknown flags; its messages start with `source`."""
 
     source = ""
 
@@ -422,7 +426,7 @@ class ArgumentParser(HfArgumentParser):
         return [group(**{name: values[name] for name in names[group]}) for group in names]
 
     def find_wrong_flag(self, values):
-        """Return the flag without which the argument groups can be made."""
+        """Return the flag that keeps the argument groups from being made, or "arguments" if no single one does."""
         for name, value in values.items():
             if value != self.get_default(name):
                 with contextlib.suppress(Exception):
@@ -432,7 +436,7 @@ class ArgumentParser(HfArgumentParser):
 
 
 def expand_home(value):
-    """Return a setting with the user's folder in place of a ~ at its beginning, or at that of each of its items."""
+    """Return a setting with a leading ~, in a list that of each item, replaced by the user's home folder."""
     if isinstance(value, list):
         return [expand_home(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
@@ -498,7 +502,10 @@ def check_args(model, data, training):
             data.dataset_name or data.train_file or data.validation_file,
             "no data: give --train_file, --validation_file or --dataset_name",
         ),
-        (data.dataset_name or data.train_file or not training.do_train, "--do_train needs --train_file"),
+        (
+            data.dataset_name or data.train_file or not training.do_train,
+            "--do_train needs --train_file or --dataset_name",
+        ),
         (
             not (data.dataset_name and (data.train_file or data.validation_file)),
             "use either --dataset_name or --train_file and --validation_file",
@@ -535,7 +542,7 @@ def user_errors(subject, kinds=Exception):
             raise
         cause = error.__cause__ or error
         if isinstance(cause, KeyError) or cause.__traceback__ is None:
-            cause = error  # The other is a key without words, or a whole traceback from another process.
+            cause = error  # The cause would show only a key, or the whole traceback of another process.
         text = str(cause).removeprefix(f"[Errno {getattr(cause, 'errno', None)}]").removesuffix(f": {subject!r}")
         text = text.strip() or type(cause).__name__
         text = text if len(text) <= MAX_CAUSE else f"{text[:MAX_CAUSE]} ..."
@@ -545,8 +552,8 @@ def user_errors(subject, kinds=Exception):
 def is_bug(error):
     """Return whether a line of this script raised the exception, or one that caused it.
 
-    Libraries raise theirs for what they read of the user's. A line of this script does so only where it opens or
-    decodes a file, or with an `InputError`.
+    Libraries raise exceptions about the user's input. A line of this script does so only where it opens or decodes a
+    file, or with an `InputError`.
     """
     while error is not None:
         # As text: an exception from another process has no frames.
@@ -598,7 +605,7 @@ def print_error(error):
 
 
 def is_lost_connection(error):
-    """Return whether an operation of several processes failed, as it does in the others when one of them ends."""
+    """Return whether an operation that needs all processes failed because another process has ended."""
     cause = error.__cause__ or error
     words = re.search("gloo|nccl|remote server shutdown", str(cause), re.IGNORECASE)
     return isinstance(cause, (RuntimeError, ValueError)) and words is not None
@@ -606,10 +613,10 @@ def is_lost_connection(error):
 
 # ---- 2. Data --------------------------------------------------------------------------------------------------------
 def load_raw_datasets(model_args, data_args):
-    """Return {"train", "validation"}, or the one that exists: data sets or streams with one column, the text.
+    """Return the data sets or streams {"train", "validation"}, or only one of them, with one column, the text.
 
     Word references are a second column. Without validation data, the first texts of the training data are used: a
-    percentage of them, or of a stream as many as an evaluation needs (see `tokenize_streams`).
+    percentage of them or, from a stream, as many as an evaluation needs (see `tokenize_streams`).
     """
     if data_args.dataset_name:
         with user_errors(f"--dataset_name {data_args.dataset_name}"):
@@ -631,16 +638,16 @@ def load_raw_datasets(model_args, data_args):
 
 
 def load_named_dataset(model_args, data_args):
-    """Return {"train", "validation"}, or the one that exists, of a data set of the hub or in a folder."""
+    """Return {"train", "validation"}, or only one of them, of a data set on the hub or in a folder."""
     name, config_name = data_args.dataset_name, data_args.dataset_config_name
     options = {"streaming": data_args.streaming, **model_args.hub_options}
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # Otherwise local files are counted, by a request to a server.
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # Otherwise even local files send a request, to be counted.
     if data_args.overwrite_cache:  # Read the files again, but do not download them again.
         options["download_mode"] = "reuse_cache_if_exists"
     if os.path.isdir(name):
         check_card(name)
         files = sorted(glob.glob(os.path.join(glob.escape(name), "**"), recursive=True))
-        # The key of the cache has the times of the last changes already.
+        # The sizes become part of the cache key, which already has the modification times.
         options["description"] = " ".join(str(os.path.getsize(path)) for path in files if os.path.isfile(path))
     if os.path.exists(os.path.join(name, "state.json")):  # One split, as `Dataset.save_to_disk` writes it.
         files = {"train": os.path.join(glob.escape(name), "data-*.arrow")}
@@ -718,7 +725,7 @@ def load_files(split, names, model_args, data_args, separator=None):
 
 
 def cache_texts(read, paths, settings, cache_dir, overwrite):
-    """Return the texts of files as a data set on the disk, which is written if it is not there."""
+    """Return the texts of files as a data set in the cache; write it first if it is missing, or with `overwrite`."""
     folder = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, "texts")
     os.makedirs(folder, exist_ok=True)
     key = datasets.fingerprint.Hasher.hash([settings, [file_version(path) for path in paths]])
@@ -750,7 +757,7 @@ def file_format(path):
 
 
 def read_tables(paths, **settings):
-    """Yield (key, table) for the texts of files, in their order: what `datasets` makes a stream of."""
+    """Yield (key, table) for the texts of files, in their order, the form in which `datasets` takes a stream."""
     for path in paths:
         texts = itertools.islice(read_texts(path, **settings), 1, None)
         for number, part in enumerate(bounded_parts(zip(texts), ENCODE_BATCH)):
@@ -790,7 +797,7 @@ def read_texts(path, column, separator=None, token=None):
     """
     kind, packing = file_format(path)
     with user_errors(path), open_file(path, packing, token) as file:
-        newline = "" if kind in ("csv", "tsv") else None  # There, a text may have line breaks.
+        newline = "" if kind in ("csv", "tsv") else None  # In these formats, a text may contain line breaks.
         text = None if kind == "parquet" else io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
         if kind == "txt":
             rows = itertools.chain(["text"], enumerate((line.removesuffix("\n") for line in text), 1))
@@ -808,7 +815,7 @@ def read_texts(path, column, separator=None, token=None):
             for number, value in rows:
                 if value is not None and not isinstance(value, str):
                     raise InputError(f"line {number}: the column {column} holds {value!s:.40}, not text")
-                (value or "").encode()  # JSON may hold half a character.
+                (value or "").encode()  # Raises for half a character (a lone surrogate), which JSON may hold.
                 yield value or ""
         except UnicodeEncodeError as error:
             raise InputError(f"line {number}: {error}") from None
@@ -870,9 +877,9 @@ def read_parquet(file, column):
 
 
 def add_word_references(dataset, path, names):
-    """Return the data set with the column "references": line i of the file is about text i.
+    """Return the data set with a column "references", from a file whose line i belongs to text i.
 
-    Each row holds the number of the line, and then the positions that stand there.
+    Each row holds the number of the line, followed by the positions on that line.
     """
     references = []
     with user_errors(path):
@@ -915,7 +922,7 @@ def choose_max_seq_length(data_args, tokenizer, config):
         positions -= 1 + (tokenizer.pad_token_id if config.pad_token_id is None else config.pad_token_id)
     limit, asked = min(tokenizer.model_max_length, positions), data_args.max_seq_length
     if asked and asked > limit:
-        logger.warning(f"--max_seq_length {asked} is more than the model allows; using {limit}.")
+        logger.warning(f"--max_seq_length {asked} is more than the model or its tokenizer allows; using {limit}.")
     if asked and asked <= tokenizer.num_special_tokens_to_add():
         raise UserError(f"--max_seq_length {asked} leaves no room for text beside the special tokens")
     return min(asked or MAX_DEFAULT_LENGTH, limit)
@@ -931,8 +938,8 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
 
     Line by line, each non-blank text is a row, truncated; else the texts are joined and cut into full rows, and the
     remainder of the batch is dropped. With `word_starts`, or with references, (text, [line, *positions]), the column
-    `continues_word: list<uint8>` is 1 where a token belongs to the word before it. Memory is bounded: the texts are
-    tokenized at most `most` at a time, and at most `CALL_LENGTH` characters.
+    `continues_word: list<uint8>` is 1 where a token continues the word of the token before. Memory is bounded: the
+    tokenizer gets at most `most` texts and `CALL_LENGTH` characters at a time.
     """
     before, after = special_ids
     room = max_seq_length - len(before) - len(after) if line_by_line else sys.maxsize
@@ -959,7 +966,7 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
 
 
 def text_item(values):
-    """Return (text,) or (text, references) of a row; raises `InputError` if a stream without types holds no text."""
+    """Return (text,) or (text, references) of a row; raises `InputError` for a value that is not text."""
     text, *references = values
     if text is not None and not isinstance(text, str):
         raise InputError(f"the text column holds {text!s:.40}, not text; see --text_column_name")
@@ -980,7 +987,7 @@ def reference_flags(references, first, length):
     line, *positions = references
     for position in positions:
         if not first < position < first + length:
-            tokens = f"the text has {length} tokens, from {first} on"
+            tokens = f"the text has {length} tokens, the first one at position {first}"
             raise InputError(f"line {line} of its references: no word continues at position {position}; {tokens}")
     flags = np.zeros(length, np.uint8)
     flags[np.array(positions, int) - first] = 1
@@ -999,7 +1006,7 @@ def encode_bodies(texts, tokenizer, word_starts, id_type):
 
     # The backend is a fifth faster than the tokenizer, which also makes columns not used here.
     backend = tokenizer.backend_tokenizer
-    if max(map(len, texts), default=0) > CALL_LENGTH:  # Alone in its part.
+    if max(map(len, texts), default=0) > CALL_LENGTH:  # `bounded_parts` puts such a text into a part of its own.
         pairs = [encode_long(texts[0], functools.partial(backend.encode, add_special_tokens=False), arrays)]
     else:
         encode = backend.encode_batch_fast if word_starts is None else backend.encode_batch
@@ -1029,7 +1036,7 @@ def encode_long(text, encode, arrays):
 
 
 def find_meeting(encodings, ids, step):
-    """Return the place of the same token in the encodings of two parts that begin `step` characters apart."""
+    """Return the index of the same token in the encodings of two parts that begin `step` characters apart, or None."""
     for middle in range(OVERLAP // 2, OVERLAP // 2 + SAME_TOKENS):
         places = encodings[0].char_to_token(step + middle), encodings[1].char_to_token(middle)
         if None in places or min(places) < SAME_TOKENS:
@@ -1042,7 +1049,7 @@ def find_meeting(encodings, ids, step):
 
 
 def continues_word(ids, words, word_starts):
-    """Return uint8 [L]: 1 for a token of the word of the token before it, unless it is marked as the start of one."""
+    """Return uint8 [L]: 1 where a token is of the same word as the one before, and not marked as a start."""
     words = np.array(words, float)  # None, of an added token, becomes NaN, which equals nothing.
     flags = np.zeros(len(ids), np.uint8)
     flags[1:] = (words[1:] == words[:-1]) & ~word_starts[ids[1:]]
@@ -1052,7 +1059,7 @@ def continues_word(ids, words, word_starts):
 def find_word_starts(tokenizer):
     """Return for each id whether its token is marked as the start of a word: bool [V].
 
-    Some tokenizers (Llama, Gemma) take a text for one word, but mark the spaces in their tokens.
+    Some tokenizers (Llama, Gemma) treat a whole text as one word, but mark the spaces in their tokens.
     """
     if not tokenizer.is_fast:
         raise UserError("--whole_word_mask needs a fast tokenizer; see --use_fast_tokenizer")
@@ -1068,7 +1075,7 @@ def find_word_starts(tokenizer):
 def make_encoder(tokenizer, data_args, max_seq_length):
     """Return `encode_texts` for the settings of a run."""
     tokenizer = copy.deepcopy(tokenizer)
-    # These calls also set the backend to what the tokenizer says, in place of what earlier calls have left there.
+    # These calls also reset the backend to the settings of the tokenizer, whatever earlier calls have left there.
     text, body = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
     place = next(i for i in range(len(text)) if text[i : i + len(body)] == body)
     id_type = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "int32"
@@ -1085,7 +1092,7 @@ def make_encoder(tokenizer, data_args, max_seq_length):
 def encode_dataset(raw, encode, data_args, description):
     """Return the token rows of a data set of texts, from the cache if it has them.
 
-    Each worker encodes whole batches: if it encoded a share of the texts, joined rows would depend on the workers.
+    Each worker encodes whole batches, so that joined rows do not depend on the number of workers.
     """
     batches = raw.select(range(0, len(raw), ENCODE_BATCH))  # A row per batch; its number is what `map` passes on.
     workers = data_args.preprocessing_num_workers
@@ -1127,9 +1134,9 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
 
 
 def tokenize_streams(streams, encode, data_args, training_args):
-    """Return {"train": StreamedDataset, "validation": TokenizedDataset}; the second one is held in memory.
+    """Return {"train": StreamedDataset, "validation": TokenizedDataset}; the validation data is held in memory.
 
-    Without validation data of its own, it is made of the first texts of the training data, as many as it needs.
+    If there is none, it is made from the first texts of the training data, as many as are needed.
     """
     tokenized, num_texts = {}, 0
     if "validation" in streams:
@@ -1155,7 +1162,7 @@ def first_rows(stream, encode, wanted):
     """Return the first token rows of a stream (None: all), and the number of texts that they are made of."""
     counter = itertools.count()
     texts = (text_item(example.values()) for example, _ in zip(stream, counter))
-    most = ENCODE_BATCH if wanted is None else 1  # One by one, no text is taken for nothing.
+    most = ENCODE_BATCH if wanted is None else 1  # Taken one by one, so that no text is left unused.
 
     def tables():
         for first in texts:
@@ -1206,7 +1213,7 @@ class SampleKey(NamedTuple):
 
 
 def fill_up(keys, size):
-    """Return `size` keys: what is missing repeats the first sample without labels, so that each sample counts once."""
+    """Return `size` keys: missing ones repeat the first key, without labels, so that each sample counts only once."""
     return keys + [keys[0]._replace(labelled=False)] * (size - len(keys))
 
 
@@ -1281,7 +1288,7 @@ class StreamedDataset:
         return self.num_tokens / max(1, self.num_samples)
 
     def rows(self, block):
-        """Yield (the changes of the place, row) from the beginning of a block to the end of the pass."""
+        """Yield (the place of a row in the text, the row) from the beginning of a block to the end of the pass."""
         raw = copy.deepcopy(self.raw)
         raw.load_state_dict(block["raw"])
         before, skip = block["raw"], block["skip"]
@@ -1336,7 +1343,7 @@ def group_by_length(order, lengths, batch_size):
 
 
 class Position(NamedTuple):
-    """A place in the training data: epoch, samples of it that are trained, global batch size that its order is for."""
+    """A place in the training data: the epoch, how many of its samples are trained, and the batch size of its order."""
 
     epoch: int
     sample: int
@@ -1347,7 +1354,7 @@ class RunPlan:
     """Which samples each optimizer step of a run trains on: a function of data, arguments and the step alone.
 
     An epoch is a pass over the samples; a stream is one epoch without end. `start` is the position of this process,
-    which follows `first_step` steps. They may have had another batch size: the position counts samples.
+    which follows `first_step` steps. Those may have had another batch size, so the position counts samples.
     """
 
     def __init__(self, dataset, args, first_step=0, start=None):
@@ -1359,7 +1366,7 @@ class RunPlan:
             self.first_step = first_step
             self.start = Position(epoch, sample, batch_size if sample else self.batch_size)
         self.num_steps = args.max_steps
-        if self.num_steps <= 0:  # By epochs; the steps before count as if they had had the same batch size.
+        if self.num_steps <= 0:  # Given in epochs; earlier steps count as if they had used this batch size.
             left = math.ceil(args.num_train_epochs * self.steps_per_epoch) - self.start.epoch * self.steps_per_epoch
             done = self.steps_per_epoch - self.steps_left(self.start)
             self.num_steps = self.first_step + left - done
@@ -1390,7 +1397,7 @@ class RunPlan:
         return Position(self.start.epoch + 1 + epochs, steps * self.batch_size, self.batch_size)
 
     def num_samples(self, step):
-        """Return the samples that this process's run has trained on after a step: an incomplete step has fewer."""
+        """Return how many samples this command has trained on after a step; an incomplete step has fewer."""
         position = self.position(step)
         if position.epoch == self.start.epoch:
             return position.sample - self.start.sample
@@ -1400,7 +1407,7 @@ class RunPlan:
         return first + epochs * self.epoch_size(position) + position.sample
 
     def epoch(self, step):
-        """Return the passes over the training data after a step: of a stream, the share of the run."""
+        """Return the passes over the training data after a step; for a stream, the share of the run that is done."""
         if self.is_stream:
             return step / self.num_steps
         position = self.position(step)
@@ -1431,7 +1438,7 @@ class RunPlan:
 def epoch_order(dataset, args, position):
     """Return the indices of the samples of an epoch in training order: int64 [N].
 
-    What an incomplete last step would hold is dropped from the random order, before it is sorted by length.
+    With `drop_last_step`, the samples of an incomplete last step are dropped before the order is sorted by length.
     """
     order, size = epoch_permutation(args.order_seed, position.epoch, len(dataset)), position.batch_size
     if args.drop_last_step:
@@ -1487,8 +1494,8 @@ def mask_tokens(
 class MaskingCollator:
     """Pads samples into one batch and masks it, in NumPy.
 
-    A sample's masks depend on (seed, epoch, index), their share on its "progress" in the run from 0 to 1: not on batch,
-    worker, device or restart. Samples without an index are numbered in the order in which they come.
+    A sample's masks depend only on (seed, epoch, index), their share also on its "progress" in the run, from 0 to 1;
+    batch, worker, device and restart do not matter. Samples without an index are numbered in the order they come in.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -1580,7 +1587,7 @@ def load_tokenizer(model_args):
 
 
 def add_new_tokens(tokenizer, path):
-    """Add the tokens in a file, one a line, that the tokenizer lacks; return {new id: ids of its old pieces}."""
+    """Add the tokens in a file, one per line, that the tokenizer lacks; return {new id: ids of its old pieces}."""
     if path is None:
         return {}
     with user_errors(f"--new_tokens {path}"):
@@ -1605,7 +1612,7 @@ def add_new_tokens(tokenizer, path):
 
 
 def log_new_tokens(new_tokens, dataset):
-    """Log how many tokens fewer the training text has for the new tokens in it."""
+    """Log by how many tokens the new ones shorten the training text."""
     if new_tokens and isinstance(dataset, TokenizedDataset):
         ids = pc.list_flatten(dataset.dataset.data.column("input_ids")).to_numpy()
         counts = np.bincount(ids, minlength=max(new_tokens) + 1)
@@ -1614,7 +1621,7 @@ def log_new_tokens(new_tokens, dataset):
 
 
 def load_config(model_args, tokenizer):
-    """Return the configuration: the model's own, or of a new model that fits the tokenizer, with all overrides."""
+    """Return the model's own configuration, or that of a new model for this tokenizer, with all overrides applied."""
     name = model_args.config_name or model_args.model_name_or_path
     with user_errors(f"the configuration {name or model_args.model_type}"):
         if name:
@@ -1634,9 +1641,9 @@ def load_config(model_args, tokenizer):
         for key, value in config.to_dict().items():
             if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
                 setattr(config, key, model_args.dropout_rate)
-    vars(config).pop("auto_map", None)  # It names code beside the model, which is not run and not copied.
+    vars(config).pop("auto_map", None)  # It names code in the model folder, which is neither run nor copied.
     if not model_args.model_name_or_path:
-        text_config = config.get_text_config()  # The part for text, of a model that sees images too.
+        text_config = config.get_text_config()  # The text part, if the model also takes images.
         text_config.vocab_size = max(tokenizer.get_vocab().values()) + 1
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(tokenizer, key) is not None:
@@ -2341,7 +2348,7 @@ def generate_batch_splits(samples_idx, batch_size, drop_last=True):
 
 
 def padded_length(longest, max_seq_length):
-    """Return the length that a batch is padded to: one of at most `MAX_SHAPES`, because each one is compiled."""
+    """Return the length that a batch is padded to: one of at most `MAX_SHAPES`, as the step is compiled for each."""
     multiple = 8 * math.ceil(max_seq_length / MAX_SHAPES / 8)
     return min(max_seq_length, multiple * math.ceil(longest / multiple))
 
@@ -2377,7 +2384,7 @@ def read_state(checkpoint):
     try:
         with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
             state = json.load(file)
-    except (FileNotFoundError, ValueError):  # It is written last, and by PyTorch in pieces.
+    except (FileNotFoundError, ValueError):  # It is written last, and the Trainer does not write it in one go.
         return None
     except OSError:
         return False
@@ -2465,7 +2472,7 @@ def check_output_dir(args, own):
 
 
 def note_old_run(checkpoint, own, *groups):
-    """Note what the run replaces in `old_run`, and in `named_checkpoints` the checkpoints that flags name.
+    """Set `old_run`, the paths that the run replaces, and `named_checkpoints`, the checkpoints that flags name.
 
     Raises `UserError` if a flag reads something that would be deleted.
     """
@@ -2486,7 +2493,7 @@ def note_old_run(checkpoint, own, *groups):
 
 
 def flag_paths(groups):
-    """Return {path: flag} of what flags may read: each text as a real path, globs expanded, and the folders above."""
+    """Return {path: flag} of the paths that flags may read: texts as real paths, globs expanded, and their parents."""
     found = {}
     for name, value in itertools.chain.from_iterable(vars(group).items() for group in groups):
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
@@ -2497,16 +2504,16 @@ def flag_paths(groups):
 
 
 def needed_checkpoints(checkpoint):
-    """Return the real paths of a checkpoint and of the best one, where its state names it or beside it if moved."""
+    """Return the real paths of a checkpoint and its best one, where its state says or, if moved, beside it."""
     best = read_state(checkpoint).get("best_model_checkpoint") or checkpoint
     beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(best))
     return {os.path.realpath(path) for path in (checkpoint, best, beside)}
 
 
 def replace_old_run(args, trained=True):
-    """Delete what the run replaces, right before its first checkpoint or model; `trained`: it has made a step.
+    """Delete what the run replaces, right before its first checkpoint or model.
 
-    A finished run that has nothing left to train keeps its results.
+    A finished run that has nothing left to train, so that `trained` is false, keeps its results.
     """
     finished = os.path.exists(os.path.join(args.output_dir, "train_results.json")) and not args.overwrite_output_dir
     if args.writes_results and (trained or not finished):
@@ -2577,7 +2584,7 @@ class StopSignals:
     def __enter__(self):
         self.received, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
         self.process = os.getpid()
-        in_main_thread = threading.current_thread() is threading.main_thread()  # No other may handle signals.
+        in_main_thread = threading.current_thread() is threading.main_thread()  # Only the main thread can set handlers.
         numbers = STOP_SIGNALS if in_main_thread else ()
         self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
@@ -2588,7 +2595,7 @@ class StopSignals:
             logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        if stopped and not self.deferred:  # Compiled code turns the exit into an exception of its own.
+        if stopped and not self.deferred:  # Compiled code may have replaced the exit by its own exception.
             raise SystemExit(128 + self.received)
 
     def handle(self, number, frame):
@@ -2608,7 +2615,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def defer(self):
-        """Only note signals in the block, which calls `stop`."""
+        """Within the block, only note signals; the block itself calls `stop`."""
         self.deferred = True
         if self.received:  # A destructor can swallow the exception of `handle`.
             self.stop(self.received, "")
@@ -2651,9 +2658,9 @@ def log_training(args, num_parameters, step, num_steps, learning_rate):
     logger.info(f"global batch size: {size:,} (batch {samples}, accumulation {accumulated}, devices {devices})")
     decay = (args.lr_scheduler_kwargs or {}).get("num_decay_steps") or 1
     if step == num_steps:
-        logger.info("The run is finished. To train anew, use another --output_dir or --overwrite_output_dir.")
+        logger.info("The run is finished. To train again, use another --output_dir or --overwrite_output_dir.")
     elif num_steps < args.warmup_steps + decay and args.lr_scheduler_type != "constant":
-        logger.warning("--warmup_steps and the decay are longer than the run: the learning rate misses its peak.")
+        logger.warning("--warmup_steps and the decay are longer than the run: the learning rate never peaks.")
 
 
 def log_predictions(dataset, collator, predict):
@@ -2720,7 +2727,7 @@ def resume_run(dataset, args, settings, checkpoint):
         return RunPlan(dataset, args), LossSums()
     with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
         state = json.load(file)
-    run = (state.get("stateful_callbacks") or {}).get("run") or {}  # Former versions wrote none.
+    run = (state.get("stateful_callbacks") or {}).get("run") or {}  # Earlier versions did not write it.
     if isinstance(dataset, StreamedDataset) and run.get("block"):
         dataset.start(run["block"])
     saved = {**settings, **run.get("settings", {})}
@@ -3257,14 +3264,14 @@ def publish(run, groups, metrics):
 
 
 def hub_client():
-    """Return a client of the hub that gives up when a server does not answer; the usual one waits without end."""
+    """Return a client of the hub that gives up when a server does not answer; the default one waits forever."""
     client = default_client_factory()
     client.timeout = HUB_TIMEOUT
     return client
 
 
 def write_card(order_settings, groups, tokenized, history, metrics):
-    """Write the model card, and `arguments.json`, which makes the run again as the first argument of the script.
+    """Write the model card and `arguments.json`, which repeats the run if it is the first argument of the script.
 
     The card is public: it names no folder of this machine. `history` is the log history.
     """
@@ -3324,7 +3331,7 @@ def describe_split(dataset):
 
 
 def public_name(value):
-    """Return a setting for a public card: of a file or folder of this machine, only its own name."""
+    """Return a setting for a public card: for a file or folder on this machine, only its base name."""
     if isinstance(value, list):
         return " ".join(map(public_name, value))
     value = str(value)
