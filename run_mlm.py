@@ -776,7 +776,8 @@ def read_texts(path, column, separator=None, token=None):
         newline = "" if kind in ("csv", "tsv") else None  # In these formats, a text may contain line breaks.
         text = None if kind == "parquet" else io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
         if kind == "txt":
-            rows = itertools.chain(["text"], enumerate((line.removesuffix("\n") for line in text), 1))
+            lines = (line.removesuffix("\n") for line in text)
+            rows = itertools.chain([choose_text_column(["text"], column)], enumerate(lines, 1))
         elif kind == "parquet":
             rows = read_parquet(file, column)
         elif kind in ("csv", "tsv"):
@@ -1690,6 +1691,13 @@ def log_new_tokens(new_tokens, dataset):
         logger.info(f"new tokens: the training text has {saved:,} tokens fewer ({saved / (len(ids) + saved):.2%})")
 
 
+def set_dropout(config, rate):
+    """Set every dropout probability of a configuration."""
+    for name, value in config.to_dict().items():
+        if "dropout" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, name, rate)
+
+
 def load_config(model_args, tokenizer):
     """Return the model's own configuration, or that of a new model for this tokenizer, with all overrides applied."""
     name = model_args.config_name or model_args.model_name_or_path
@@ -1708,9 +1716,7 @@ def load_config(model_args, tokenizer):
     if model_args.model_type not in (None, config.model_type):
         raise UserError(f"--model_type {model_args.model_type}: {name} is of type {config.model_type}")
     if model_args.dropout_rate is not None:
-        for key, value in config.to_dict().items():
-            if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
-                setattr(config, key, model_args.dropout_rate)
+        set_dropout(config, model_args.dropout_rate)
     vars(config).pop("auto_map", None)  # It names code in the model folder, which is neither run nor copied.
     if not model_args.model_name_or_path:
         text_config = config.get_text_config()  # The text part, if the model also takes images.
@@ -1847,30 +1853,41 @@ class SparseHead:
         return output
 
 
-def find_sparse_start(model, collator, max_seq_length):
-    """Return the best `start` of a `SparseHead` that leaves the logits as they are, or None if none does."""
-    found, training = None, model.training
-    model.eval()
-    # An odd length for "layer" exposes architectures that pad rows internally, which changes the flat positions.
-    for start, length in (("encoder", min(32, max_seq_length)), ("layer", min(31, max_seq_length))):
-        ids = np.arange(2 * length).reshape(2, -1) % collator.vocab_size
-        inputs = model_inputs(model, collator([{"input_ids": row} for row in ids]))
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
-        positions = torch.arange(0, 2 * length, 3, device=model.device)
-        with torch.no_grad(), contextlib.ExitStack() as hooks:
-            dense, sparse = model(**inputs).logits.flatten(0, 1)[positions], torch.zeros(0)
-            # Any failure means that the model does not allow this start.
-            with contextlib.suppress(UserError), user_errors(start):
-                head = SparseHead(model, start)
-                hooks.callback(head.hook.remove)
-                with head.at(positions, ids.shape):
-                    sparse = model(**inputs).logits[0]
-        if sparse.shape == dense.shape and (sparse - dense).abs().max() <= 1e-3 * dense.abs().max():
+def find_sparse_start(model, collator, lengths, training):
+    """Return the best `start` of a `SparseHead` that leaves the logits as they are, or None if none does.
+
+    It is tried on a copy without dropout, in the mode and with rows of the lengths of the run: some models fail in one
+    mode, attend to padded rows, or change for good when they see a short row.
+    """
+    config, found = copy.deepcopy(model.config), None
+    set_dropout(config, 0.0)
+    trial = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    trial.load_state_dict(model.state_dict())
+    trial.train(training)
+    for start in ("encoder", "layer"):
+        if all(keeps_logits(trial, collator, start, length) for length in lengths):
             found = start
-    model.train(training)
     if found is None:
         logger.warning(f"{type(model).__name__} needs all positions in its head: training with the dense head.")
     return found
+
+
+def keeps_logits(model, collator, start, length):
+    """Return whether a `SparseHead` leaves the logits of two rows of a length as they are."""
+    ids = np.arange(2 * length).reshape(2, -1) % collator.vocab_size
+    inputs = model_inputs(model, collator([{"input_ids": row} for row in ids]))
+    positions, sparse = torch.arange(0, 2 * length, 3), torch.zeros(0)
+    with torch.no_grad(), contextlib.ExitStack() as hooks:
+        torch.manual_seed(0)  # Some models hash their tokens at random.
+        dense = model(**inputs, return_dict=True).logits.flatten(0, 1)[positions]
+        torch.manual_seed(0)
+        # Any failure means that the model does not allow this start.
+        with contextlib.suppress(UserError), user_errors(start):
+            head = SparseHead(model, start)
+            hooks.callback(head.hook.remove)
+            with head.at(positions, ids.shape):
+                sparse = model(**inputs, return_dict=True).logits[0]
+    return sparse.shape == dense.shape and bool((sparse - dense).abs().max() <= 1e-3 * dense.abs().max())
 
 
 class HostCopy:
@@ -1908,10 +1925,10 @@ class MaskedLMTrainer(Trainer):
         labels, positions = inputs["labels"].flatten(), inputs.get("positions")
         batch = model_inputs(self.model, inputs)
         if self.head is None or positions is None:
-            logits = model(**batch).logits.flatten(0, 1)
+            logits = model(**batch, return_dict=True).logits.flatten(0, 1)
             return logits if positions is None else logits[positions], labels
         with self.head.at(positions, inputs["input_ids"].shape):
-            return model(**batch).logits.flatten(0, 1), labels
+            return model(**batch, return_dict=True).logits.flatten(0, 1), labels
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the summed loss divided by the number of masked tokens of the step; 0 if there are none."""
@@ -2551,7 +2568,11 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
     check_masks(tokenized.get("validation"), collator)
     log_devices(training_args)
     with user_errors(f"{type(model).__name__} fails on a first batch"):
-        sparse_start = None if model_args.dense_head else find_sparse_start(model, collator, max_seq_length)
+        lengths = {max_seq_length}
+        if data_args.line_by_line and not data_args.pad_to_max_length:
+            lengths.add(min(31, max_seq_length))
+        settings = model, collator, lengths, training_args.do_train
+        sparse_start = None if model_args.dense_head else find_sparse_start(*settings)
     with user_errors("the Trainer"):
         trainer = MaskedLMTrainer(
             model=model,
@@ -2625,7 +2646,7 @@ def show_predictions(trainer):
     def predict(batch):
         batch = {name: torch.from_numpy(array).long().to(trainer.args.device) for name, array in batch.items()}
         with torch.no_grad():
-            return model(**model_inputs(trainer.model, batch)).logits.float().cpu()
+            return model(**model_inputs(trainer.model, batch), return_dict=True).logits.float().cpu()
 
     try:
         with user_errors("the example predictions"):
@@ -2728,7 +2749,7 @@ def write_card(order_settings, groups, tokenized, history, metrics):
         "\n".join(f"- {kind}: {value:.4g}" for kind, value in found.items()),
         "## Data\n\n" + "\n".join(sizes),
         "## Settings\n\n" + table(["setting", "value"], settings.items()),
-        "## Evaluations\n\n" + table(["step", *results], evaluations),
+        "## Evaluations\n\n" + table(["step", *results], evaluations) if evaluations else "",
         f"## Command\n\n    {shlex.join(['python', script, *words])}",
     ]
     with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:

@@ -800,7 +800,8 @@ def read_texts(path, column, separator=None, token=None):
         newline = "" if kind in ("csv", "tsv") else None  # In these formats, a text may contain line breaks.
         text = None if kind == "parquet" else io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
         if kind == "txt":
-            rows = itertools.chain(["text"], enumerate((line.removesuffix("\n") for line in text), 1))
+            lines = (line.removesuffix("\n") for line in text)
+            rows = itertools.chain([choose_text_column(["text"], column)], enumerate(lines, 1))
         elif kind == "parquet":
             rows = read_parquet(file, column)
         elif kind in ("csv", "tsv"):
@@ -1620,6 +1621,13 @@ def log_new_tokens(new_tokens, dataset):
         logger.info(f"new tokens: the training text has {saved:,} tokens fewer ({saved / (len(ids) + saved):.2%})")
 
 
+def set_dropout(config, rate):
+    """Set every dropout probability of a configuration."""
+    for name, value in config.to_dict().items():
+        if "dropout" in name and isinstance(value, (int, float)) and not isinstance(value, bool):
+            setattr(config, name, rate)
+
+
 def load_config(model_args, tokenizer):
     """Return the model's own configuration, or that of a new model for this tokenizer, with all overrides applied."""
     name = model_args.config_name or model_args.model_name_or_path
@@ -1638,9 +1646,7 @@ def load_config(model_args, tokenizer):
     if model_args.model_type not in (None, config.model_type):
         raise UserError(f"--model_type {model_args.model_type}: {name} is of type {config.model_type}")
     if model_args.dropout_rate is not None:
-        for key, value in config.to_dict().items():
-            if "dropout" in key and isinstance(value, (int, float)) and not isinstance(value, bool):
-                setattr(config, key, model_args.dropout_rate)
+        set_dropout(config, model_args.dropout_rate)
     vars(config).pop("auto_map", None)  # It names code in the model folder, which is neither run nor copied.
     if not model_args.model_name_or_path:
         text_config = config.get_text_config()  # The text part, if the model also takes images.
@@ -3307,7 +3313,7 @@ def write_card(order_settings, groups, tokenized, history, metrics):
         "\n".join(f"- {kind}: {value:.4g}" for kind, value in found.items()),
         "## Data\n\n" + "\n".join(sizes),
         "## Settings\n\n" + table(["setting", "value"], settings.items()),
-        "## Evaluations\n\n" + table(["step", *results], evaluations),
+        "## Evaluations\n\n" + table(["step", *results], evaluations) if evaluations else "",
         f"## Command\n\n    {shlex.join(['python', script, *words])}",
     ]
     with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:

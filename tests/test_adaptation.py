@@ -295,16 +295,6 @@ def test_a_run_too_short_for_its_schedule_is_warned_of(script, tmp_path, caplog,
 
 
 @pytest.mark.pytorch
-def test_the_loss_finds_its_positions_in_the_batch(tmp_path, monkeypatch):
-    # On a GPU, `nonzero` would wait for the device.
-    trainer = set_up(run_mlm, job(make_folder(tmp_path / "model", "wordpiece"), tmp_path))
-    batch = next(iter(trainer.get_train_dataloader()))
-    expected = trainer.compute_loss(trainer.model, {name: batch[name] for name in batch if name != "positions"}).item()
-    monkeypatch.setattr("torch.Tensor.nonzero", None)
-    monkeypatch.setattr("torch.nonzero", None)
-    assert trainer.compute_loss(trainer.model, batch).item() == expected
-
-
 @pytest.mark.pytorch
 @pytest.mark.parametrize("source", ["model_name_or_path", "config_name"])
 def test_the_attention_implementation_reaches_the_model(tmp_path, source):

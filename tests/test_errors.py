@@ -457,7 +457,7 @@ ADAPTATION = [
     Mistake(
         "decay steps in words",
         lambda place: {**DECAY, "lr_scheduler_kwargs": '{"num_decay_steps": "four"}'},
-        ["--lr_scheduler_", "four"],
+        ["--lr_scheduler_kwargs"],
     ),
     Mistake("no decay steps", lambda place: DECAY, ["--lr_scheduler_", "num_decay_steps"]),
     Mistake(

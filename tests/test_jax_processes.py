@@ -250,7 +250,7 @@ def test_two_processes_stream_as_one(material, tmp_path):
 
 def test_a_mistake_is_reported_by_each_process(material, tmp_path):
     line, other = error_lines(run_together(command(material, "output", 4, text_column_name="body"), tmp_path))
-    assert line.startswith("error: the train data of ") and "--text_column_name body is not" in line
+    assert "train.txt: --text_column_name body is not one of the columns text" in line
     assert other == line.replace("error: ", "error: process 0: ")
 
 

@@ -218,7 +218,7 @@ def test_one_process_prepares_logs_and_writes_and_both_resume(work, alone):
     assert done.returncode == 0, done.stderr
     assert "Resuming from output/checkpoint-3" in done.stdout
     # The data was in the cache.
-    assert {name: count - before[name] for name, count in calls(work).items()} == dict.fromkeys(before, 2)
+    assert calls(work) == before
     assert losses(work / "output") == alone
     resumed = safetensors.torch.load_file(work / "output" / "model.safetensors")
     assert all(resumed[name].equal(weight) for name, weight in weights.items())

@@ -116,10 +116,13 @@ def mix(logits):
     return logits - logits.mean(1, keepdims=True)
 
 
-def test_pytorch_stays_dense_where_the_head_needs_all_positions(tmp_path, caplog):
+def test_pytorch_stays_dense_where_the_head_needs_all_positions(tmp_path, caplog, monkeypatch):
     trainer = build(run_mlm, make_model(tmp_path / "model", initializer_range=0.3), tmp_path)
-    settings = trainer.model, trainer.data_collator, LENGTH
-    trainer.model.cls.register_forward_hook(lambda module, inputs, output: mix(output))
+    settings = trainer.model, trainer.data_collator, {LENGTH}, True
+    assert run_mlm.find_sparse_start(*settings) == "layer"
+    head = type(trainer.model.cls)
+    forward = head.forward
+    monkeypatch.setattr(head, "forward", lambda self, hidden: mix(forward(self, hidden)))
     assert run_mlm.find_sparse_start(*settings) is None
     assert caplog.messages[-1] == f"BertForMaskedLM {DENSE}"
 

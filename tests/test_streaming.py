@@ -128,6 +128,7 @@ def test_the_order_of_a_block_is_its_own_and_the_seeds(script, tokenizer, files)
 def pytorch_steps(trainer):
     """Return the batches of each optimizer step of the Trainer's loop as (input_ids, labels) rows."""
     accumulation = trainer.args.gradient_accumulation_steps
+    trainer.data_collator.compact = False  # Labels of all positions.
     batches = [(batch["input_ids"].numpy(), batch["labels"].numpy()) for batch in trainer.get_train_dataloader()]
     steps = [batches[i : i + accumulation] for i in range(0, len(batches), accumulation)]
     return [[pair for inputs, labels in step for pair in unpadded(inputs, labels)] for step in steps]
@@ -135,7 +136,7 @@ def pytorch_steps(trainer):
 
 def flax_steps(run):
     """Return the same of the Flax loop."""
-    run.sparse_start, steps = None, []
+    steps = []
     for keys in run.plan.steps():
         batch = run.batch(run.tokenized["train"], keys, run.args.train_batch_size, run.args.gradient_accumulation_steps)
         steps.append(unpadded(*(batch[name].reshape(-1, batch[name].shape[-1]) for name in ("input_ids", "labels"))))
@@ -173,7 +174,7 @@ def test_each_process_takes_its_part_of_a_step(small_model, files, tmp_path):
     parts = [[[content(sample) for sample in batch] for batch in shard] for shard in shards]
     assert [len(part) for part in parts] == [6, 6]
     assert {len(batch) for part in parts for batch in part} == {4}
-    stream = tokenize(run_mlm, trainer.processing_class, files, streaming=True, shuffle_buffer_size=30)["train"]
+    stream = tokenize(run_mlm, trainer.data_collator.tokenizer, files, streaming=True, shuffle_buffer_size=30)["train"]
     assert [sample for pair in zip(*parts) for batch in pair for sample in batch] == take(stream, 48)
 
 

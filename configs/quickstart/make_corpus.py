@@ -136,7 +136,7 @@ def write_model_folder(folder, vocabulary):
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "vocab.txt", vocabulary)
     options = {"do_lower_case": True, "model_max_length": MAX_LENGTH}
-    tokenizer = BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), **options)
+    tokenizer = BertTokenizerFast(vocab=str(folder / "vocab.txt"), **options)
     tokenizer.save_pretrained(folder)
     BertConfig(
         architectures=["BertForMaskedLM"],
