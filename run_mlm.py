@@ -1874,7 +1874,7 @@ def find_sparse_start(model, collator, lengths, training):
 
 def keeps_logits(model, collator, start, length):
     """Return whether a `SparseHead` leaves the logits of two rows of a length as they are."""
-    ids = np.arange(2 * length).reshape(2, -1) % collator.vocab_size
+    ids = np.resize(np.flatnonzero(~collator.is_special), (2, length))  # Without padding, which models look for.
     inputs = model_inputs(model, collator([{"input_ids": row} for row in ids]))
     positions, sparse = torch.arange(0, 2 * length, 3), torch.zeros(0)
     with torch.no_grad(), contextlib.ExitStack() as hooks:

@@ -43,12 +43,12 @@ CHANGES = {
 }
 PYTORCH = {
     "layer": set(
-        "bert big_bird camembert convbert data2vec-text deberta deberta-v2 electra ernie esm layoutlm longformer "
+        "bert big_bird camembert convbert data2vec-text deberta deberta-v2 electra ernie esm layoutlm longformer luke "
         "megatron-bert mra nystromformer rembert roberta roberta-prelayernorm roc_bert roformer tapas "
         "xlm-roberta xlm-roberta-xl yoso".split()
     ),
     "encoder": set(
-        "albert bart distilbert flaubert fnet funnel ibert luke mbart mobilebert modernbert mpnet mvp reformer "
+        "albert bart distilbert flaubert fnet funnel ibert mbart mobilebert modernbert mpnet mvp reformer "
         "squeezebert xlm xmod "
         "esmc eurobert gte jina_embeddings_v3 modernvbert neomme nomic_bert ultrabert ultravbert".split()
     ),
