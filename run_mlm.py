@@ -1707,7 +1707,8 @@ def load_config(model_args, tokenizer):
         else:
             config = CONFIG_MAPPING[model_args.model_type]()
         if model_args.config_overrides:
-            config.update_from_string(model_args.config_overrides)
+            with user_errors(f"--config_overrides {model_args.config_overrides}"):
+                config.update_from_string(model_args.config_overrides)
             if len(getattr(config, "layer_types", None) or ()) not in (0, config.num_hidden_layers):
                 config = type(config)(**{**config.to_dict(), "layer_types": None})  # Computed again for the new number.
     if config.model_type not in MODEL_TYPES:
@@ -1748,8 +1749,9 @@ def read_tensorflow_weights(path):
 def load_model(model_args, config, tokenizer, training_args, new_tokens=None):
     """Return the masked-LM model, pretrained or with random weights, with the vocabulary of the tokenizer."""
     name, attention = model_args.model_name_or_path, training_args.attn_implementation
+    overrides = f" with --config_overrides {model_args.config_overrides}" if model_args.config_overrides else ""
     options = {"dtype": torch.float32, **({"attn_implementation": attention} if attention else {})}
-    with user_errors(f"the model {name or config.model_type}"), torch.no_grad():
+    with user_errors(f"the model {name or config.model_type}{overrides}"), torch.no_grad():
         if not name:
             model = AutoModelForMaskedLM.from_config(config, **options)
         elif ".ckpt" in name:

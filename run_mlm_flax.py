@@ -1637,7 +1637,8 @@ def load_config(model_args, tokenizer):
         else:
             config = CONFIG_MAPPING[model_args.model_type]()
         if model_args.config_overrides:
-            config.update_from_string(model_args.config_overrides)
+            with user_errors(f"--config_overrides {model_args.config_overrides}"):
+                config.update_from_string(model_args.config_overrides)
             if len(getattr(config, "layer_types", None) or ()) not in (0, config.num_hidden_layers):
                 config = type(config)(**{**config.to_dict(), "layer_types": None})  # Computed again for the new number.
     if config.model_type not in MODEL_TYPES:
@@ -2001,9 +2002,10 @@ def read_tensorflow_weights(path):
 def load_model(model_args, config, tokenizer, training_args, new_tokens=None, checkpoint=None):
     """Return (model, parameters): those of a checkpoint, pretrained, or random; they fit the tokenizer."""
     name, size = checkpoint or model_args.model_name_or_path, max(tokenizer.get_vocab().values()) + 1
+    overrides = f" with --config_overrides {model_args.config_overrides}" if model_args.config_overrides else ""
     if checkpoint:
         config.vocab_size = max(size, config.vocab_size)  # A checkpoint has the rows of all tokens.
-    with user_errors(f"the model {name or config.model_type}"):
+    with user_errors(f"the model {name or config.model_type}{overrides}"):
         check_config(config)
         weights = {}
         if name:

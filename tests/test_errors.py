@@ -327,7 +327,7 @@ MODELS = [
             **{"model_name_or_path": None, "config_name": place.model, "tokenizer_name": place.model},
             "config_overrides": "hidden_siz=3",
         },
-        ["hidden_siz"],
+        ["--config_overrides", "hidden_siz"],
     ),
     Mistake(
         "override that does not fit",
@@ -335,7 +335,7 @@ MODELS = [
             **{"model_name_or_path": None, "config_name": place.model, "tokenizer_name": place.model},
             "config_overrides": "num_attention_heads=5",
         },
-        ["multiple of"],
+        ["--config_overrides", "multiple of"],
     ),
     Mistake(
         "TensorFlow",
