@@ -2722,7 +2722,7 @@ def write_card(order_settings, groups, tokenized, history, metrics):
     model_args, data_args, args = groups
     base, dataset, script = model_args.model_name_or_path, data_args.dataset_name, Path(__file__).name
     name = os.path.basename(os.path.abspath(args.hub_model_id or args.output_dir))
-    source = public_name(dataset or data_args.validation_file or data_args.train_file)
+    source = public_files(dataset or data_args.validation_file or data_args.train_file)
     results = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
     found = {kind: metrics[key] for kind, key in results.items() if math.isfinite(metrics.get(key, math.inf))}
     card = ModelCardData(
@@ -2737,27 +2737,30 @@ def write_card(order_settings, groups, tokenized, history, metrics):
     origin = f"It started from {public_name(base)}" if base else "It started with random weights"
     files = {"train": data_args.train_file, "validation": data_args.validation_file or data_args.train_file}
     sizes = [
-        f"- {split}: {public_name(dataset or files[split])}, {describe_split(tokenized[split])}" for split in tokenized
+        f"- {split}: {public_files(dataset or files[split])}, {describe_split(tokenized[split])}" for split in tokenized
     ]
     keys = "mlm_probability mask_replace_prob random_replace_prob learning_rate lr_scheduler_type weight_decay".split()
     settings = {key: getattr(data_args, key, getattr(args, key, None)) for key in keys}
     settings["lr_scheduler_type"] = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
     settings |= {**order_settings, "global_batch_size": args.global_batch_size, "steps": history[-1]["step"]}
     evaluated = [entry for entry in history if "eval_loss" in entry]
-    evaluations = [[entry["step"], *(entry[f"eval_{kind}"] for kind in results)] for entry in evaluated]
-    words = [f"--{key}={public_name(value)}" for key, value in args.given.items()]
+    evaluations = [[entry["step"], *(entry.get(f"eval_{kind}", "") for kind in results)] for entry in evaluated]
+    words = ["python", script]
+    for key, value in args.given.items():
+        words += [f"--{key}", *map(public_name, value if isinstance(value, list) else [value])]
     sections = [
         f"---\n{card.to_yaml()}\n---\n\n# {name}\n\nA masked language model, trained with `{script}`. {origin}.",
         "\n".join(f"- {kind}: {value:.4g}" for kind, value in found.items()),
         "## Data\n\n" + "\n".join(sizes),
         "## Settings\n\n" + table(["setting", "value"], settings.items()),
         "## Evaluations\n\n" + table(["step", *results], evaluations) if evaluations else "",
-        f"## Command\n\n    {shlex.join(['python', script, *words])}",
+        f"## Command\n\n    {shlex.join(words)}",
     ]
-    with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:
-        file.write("\n\n".join(filter(None, sections)) + "\n")
-    with open(os.path.join(args.output_dir, "arguments.json"), "w", encoding="utf-8") as file:
-        json.dump(args.given, file, indent=2, ensure_ascii=False)
+    with write_errors(args.output_dir, "the model card"):
+        with open(os.path.join(args.output_dir, "arguments.json"), "w", encoding="utf-8") as file:
+            json.dump(args.given, file, indent=2, ensure_ascii=False)
+        with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:
+            file.write("\n\n".join(filter(None, sections)) + "\n")
 
 
 def table(names, rows):
@@ -2776,10 +2779,13 @@ def describe_split(dataset):
 
 def public_name(value):
     """Return a setting for a public card: for a file or folder on this machine, only its base name."""
-    if isinstance(value, list):
-        return " ".join(map(public_name, value))
     value = str(value)
     return os.path.basename(os.path.abspath(value)) if os.path.sep in value and is_local(value) else value
+
+
+def public_files(names):
+    """Return the public names of files, or of one data set, as one text."""
+    return " ".join(map(public_name, names if isinstance(names, list) else [names]))
 
 
 def published_files(tokenizer):
