@@ -195,6 +195,15 @@ def make_valid(settings, rng):
         settings["eval_on_start"] = None
 
 
+def write_texts(path, texts):
+    """Write texts in the format of the file's extension and return the path."""
+    if path.suffix == ".jsonl":
+        return write_lines(path, [json.dumps({"number": i, "text": text}) for i, text in enumerate(texts)])
+    if path.suffix == ".csv":
+        return write_lines(path, ["number,text", *(f'{i},"{text}"' for i, text in enumerate(texts))])
+    return write_lines(path, texts)
+
+
 # ---- 2. The kinds of cases ------------------------------------------------------------------------------------------
 class Case:
     """One draw of flags, with text, model and runs in a folder of its own."""
@@ -212,8 +221,9 @@ class Case:
         settings = draw(self.rng, self.script, self.kind)
         texts = sentences(self.rng.choice((110, 1100, 2500) if self.kind == "repeat" else (60, 110)), seed=number)
         texts[7] = texts[40] = ""
-        parts = {"train.txt": texts} if self.rng.random() < 0.8 else {"a.txt": texts[:30], "b.txt": texts[30:]}
-        files = {"train_file": [write_lines(self.folder / name, part) for name, part in parts.items()]}
+        parts = {"train": texts} if self.rng.random() < 0.8 else {"a": texts[:30], "b": texts[30:]}
+        extension = random.Random(f"format {self.name}").choice(("txt", "txt", "csv", "jsonl"))
+        files = {"train_file": [write_texts(self.folder / f"{name}.{extension}", parts[name]) for name in parts]}
         if settings.get("new_tokens"):
             settings["new_tokens"] = write_lines(self.folder / "new_tokens.txt", ["bakes bread", "harbours", "zebra"])
         if settings.pop("validation", None):
