@@ -83,7 +83,8 @@ class Bench:
         self.args, self.report, self.folder = args, made, folder
         self.variants = dict(VARIANTS)
         if args.previous:
-            self.variants["previous"] = {**VARIANTS["ours"], "scripts": args.previous}
+            former = {"scripts": args.previous, "python": args.former_python}
+            self.variants["previous"] = {**VARIANTS["ours"], **former}
         self.spec = {"model": str(folder / "model"), "tokenizer": args.tokenizer, "length": args.length}
         self.spec |= {"validation_file": self.write_text(0.05, 2), "mode": "concat"}
         self.spec |= {"batch": 8, "bf16": False, "device": "cpu", "backend": None}

@@ -127,7 +127,8 @@ def main():
                 if index < 0 and cold:
                     continue
                 scripts = args.previous if name == PREVIOUS else None
-                changes = {"backend": backend, "side": side, "scripts": scripts}
+                python = children.former_python(args, PREVIOUS if name == PREVIOUS else side, backend)
+                changes = {"backend": backend, "side": side, "scripts": scripts, "python": python}
                 result = run_variant(folder, {**spec, **changes}, name, cold)
                 if index >= 0 or "error" in result:
                     made.add(result, kind="start", backend=backend, variant=name, round=index)

@@ -9,8 +9,8 @@
     python tests/benchmarks/bench_training.py --device cuda
 
 Each variant runs in a process of its own in each round, and the rounds are interleaved. `--previous` adds the scripts
-of another version, for example of `git worktree add FOLDER COMMIT`. Steps after the warm-up are
-timed as a whole. Equal losses are shown apart: three steps on the same batches, from the same weights, no dropout.
+of another version, for example of `git worktree add FOLDER COMMIT`; `--former_python` runs those that need the libraries
+of their time. Steps after the warm-up are timed as a whole. Equal losses are shown apart: three steps on the same batches, from the same weights, no dropout.
 
 Floating-point operations of a step, for T = B * L tokens, P positions with logits (T in a dense head, K in a sparse
 one), and hidden size H, inner size I: forward 2 per parameter of a matrix and token, backward twice that, so
@@ -270,6 +270,7 @@ class Bench:
         spec = {**self.spec, "backend": backend, "variant": name, "side": variant.side, "kind": kind, **changes}
         spec["bf16"] = self.args.bf16 if variant.bf16 is None else variant.bf16
         spec["scripts"] = self.args.previous if variant.side == "previous" else None
+        spec["python"] = children.former_python(self.args, variant.side, backend)
         result = children.run_child(spec, self.folder, {**self.environment, **variant.environment})
         if kind != "tokenize" or "error" in result:
             self.report.add(result, work=self.work, backend=backend, variant=name, kind=kind, round=index)

@@ -2,7 +2,8 @@
 
 A benchmark program starts itself again as `bench_x.py --child SPEC`, once per variant and round, so that every
 measurement has a fresh backend and a fresh memory high-water mark. The parent imports no framework. A child imports
-the scripts from the folder that its SPEC names under "scripts", or those of this checkout.
+the scripts from the folder that its SPEC names under "scripts", or those of this checkout, in the interpreter that it
+names under "python", or in that of the parent.
 """
 
 import argparse
@@ -123,7 +124,7 @@ def run_child(spec, folder, environment=None, timeout=TIMEOUT):
     folder = Path(tempfile.mkdtemp(dir=folder, prefix="child-"))
     spec = {**spec, "child_folder": str(folder)}
     (folder / "spec.json").write_text(json.dumps(spec))
-    command = [sys.executable, sys.argv[0], CHILD, str(folder / "spec.json")]
+    command = [spec.get("python") or sys.executable, sys.argv[0], CHILD, str(folder / "spec.json")]
     with open(folder / "log.txt", "w") as log, contextlib.suppress(subprocess.TimeoutExpired):
         child_environment = {**os.environ, **(environment or {}), "BENCH_STARTED": repr(time.time())}
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=child_environment, timeout=timeout)
@@ -159,8 +160,14 @@ def child_main(measure):
 
 
 def add_previous_option(parser):
-    """Add `--previous` to the options of a benchmark."""
+    """Add `--previous` and `--former_python` to the options of a benchmark."""
     parser.add_argument("--previous", type=scripts_folder, help="folder of other run_mlm*.py to measure as well")
+    parser.add_argument("--former_python", help="interpreter with Transformers 4.57, for --previous and stock_flax.py")
+
+
+def former_python(args, side, backend):
+    """Return the interpreter that runs a side if it is not this one: older scripts need older libraries."""
+    return args.former_python if side == "previous" or (side, backend) == ("stock", "flax") else None
 
 
 def scripts_folder(name):
