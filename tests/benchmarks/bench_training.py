@@ -9,8 +9,9 @@
     python tests/benchmarks/bench_training.py --device cuda
 
 Each variant runs in a process of its own in each round, and the rounds are interleaved. `--previous` adds the scripts
-of another version, for example of `git worktree add FOLDER COMMIT`; `--former_python` runs those that need the libraries
-of their time. Steps after the warm-up are timed as a whole. Equal losses are shown apart: three steps on the same batches, from the same weights, no dropout.
+of another version, for example of `git worktree add FOLDER COMMIT`, in the interpreter `--former_python` if they need
+older libraries. Steps after the warm-up are timed as a whole. Equal losses are shown apart: three steps on the same
+batches, from the same weights, no dropout.
 
 Floating-point operations of a step, for T = B * L tokens, P positions with logits (T in a dense head, K in a sparse
 one), and hidden size H, inner size I: forward 2 per parameter of a matrix and token, backward twice that, so
