@@ -331,7 +331,7 @@ class TrainingArguments:
     lr_scheduler_kwargs: Optional[str] = HfArg(
         default=None, help="JSON: num_decay_steps, decay_type, ... of warmup_stable_decay."
     )
-    warmup_steps: int = HfArg(default=0, help="Steps of linear warmup.")
+    warmup_steps: float = HfArg(default=0, help="Steps of linear warmup; below 1, a share of all steps.")
     label_smoothing_factor: float = HfArg(default=0.0, help="Label smoothing of the training loss.")
     group_by_length: bool = HfArg(default=False, help="Group samples of similar length into batches.")
     dataloader_drop_last: bool = HfArg(default=True, help="Drop the last step of an epoch if it is incomplete.")
@@ -2223,6 +2223,7 @@ def warmup_stable_decay(rate, warmup, num_steps, num_decay_steps, decay_type="co
 def create_schedule(args, num_steps):
     """Return step -> learning rate for `lr_scheduler_type`: factors, or the Trainer's schedule of that name."""
     rate, warmup, name = args.learning_rate, args.warmup_steps, args.lr_scheduler_type
+    warmup = int(warmup) if warmup >= 1 else math.ceil(warmup * num_steps)
     timescale = warmup or 10_000
     if name == "warmup_stable_decay":
         with user_errors("--lr_scheduler_kwargs"):

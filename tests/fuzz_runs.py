@@ -78,7 +78,7 @@ FLAGS = {
     "label_smoothing_factor": rare(0.1),
     "preprocessing_num_workers": rare(2, 3),
     "seed": (None, 0, 7),
-    "warmup_steps": (None, 3),
+    "warmup_steps": (None, 3, 0.2),
     "weight_decay": rare(0.1),
     "max_grad_norm": rare(0, 0.5),
     "bf16": rare("true"),

@@ -419,7 +419,7 @@ NAMED += [
 ]
 
 
-@pytest.mark.parametrize("warmup", [0, 1, 7])
+@pytest.mark.parametrize("warmup", [0, 1, 7, 0.18])  # The last is a share of 40 steps, which is 8 when rounded up.
 @pytest.mark.parametrize(("name", "settings"), NAMED)
 def test_named_schedules_are_the_trainers_at_every_step(name, settings, warmup):
     given = flags(learning_rate=3e-4, warmup_steps=warmup, lr_scheduler_type=name)
@@ -428,7 +428,11 @@ def test_named_schedules_are_the_trainers_at_every_step(name, settings, warmup):
     ours = run_mlm_flax.create_schedule(run_mlm_flax.parse_args(needed + given)[2], 40)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3e-4)
     stock = transformers.get_scheduler(
-        name, optimizer, num_warmup_steps=warmup, num_training_steps=40, scheduler_specific_kwargs=settings
+        name,
+        optimizer,
+        num_warmup_steps=8 if warmup == 0.18 else warmup,
+        num_training_steps=40,
+        scheduler_specific_kwargs=settings,
     )
     for step in range(41):
         assert float(ours(step)) == pytest.approx(stock.get_last_lr()[0], rel=1e-5, abs=1e-10), step
