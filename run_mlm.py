@@ -684,12 +684,12 @@ def load_files(split, names, model_args, data_args, separator=None):
         raise UserError(f"{subject}: the formats are {', '.join(FILE_FORMATS)}")
     column, full = data_args.text_column_name, []
     for path in paths:
-        head = list(itertools.islice(read_texts(path, column, separator, model_args.token), 2))
-        if len(head) == 2:  # The name of the column, and a text.
-            column = head[0]
-            full.append(path)
-        else:
+        first = next(read_texts(path, column, separator, model_args.token), None)
+        if first is None:
             logger.warning(f"{path} is empty.")
+        else:
+            column, _ = first
+            full.append(path)
     if not full:
         raise UserError(f"{subject}: no text")
     logger.info(f"{subject}: {file_format(full[0])[0]}, text column: {column}")
@@ -735,8 +735,8 @@ def file_format(path):
 def read_tables(paths, **settings):
     """Yield (key, table) for the texts of files, in their order, the form in which `datasets` takes a stream."""
     for path in paths:
-        texts = itertools.islice(read_texts(path, **settings), 1, None)
-        for number, part in enumerate(bounded_parts(zip(texts), ENCODE_BATCH)):
+        texts = ((text,) for _, text in read_texts(path, **settings))
+        for number, part in enumerate(bounded_parts(texts, ENCODE_BATCH)):
             yield (path, number), pa.table({"text": pa.array([text for (text,) in part], pa.string())})
 
 
@@ -767,90 +767,78 @@ def open_file(path, packing, token):
 
 
 def read_texts(path, column, separator=None, token=None):
-    """Yield the name of the text column of a file, and then its texts; a missing text is an empty one.
+    """Yield (text column, text) for each row of a file; a missing text is an empty one.
 
     Only the text column is read, and no type is guessed. Raises `UserError` with the file and the line of a mistake.
     """
     kind, packing = file_format(path)
     with user_errors(path), open_file(path, packing, token) as file:
         newline = "" if kind in ("csv", "tsv") else None  # In these formats, a text may contain line breaks.
-        text = None if kind == "parquet" else io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
+        lines = None if kind == "parquet" else io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
         if kind == "txt":
-            lines = (line.removesuffix("\n") for line in text)
-            rows = itertools.chain([choose_text_column(["text"], column)], enumerate(lines, 1))
+            rows = enumerate(({"text": line.removesuffix("\n")} for line in lines), 1)
         elif kind == "parquet":
             rows = read_parquet(file, column)
         elif kind in ("csv", "tsv"):
-            rows = read_csv(text, column, separator or {"csv": ",", "tsv": "\t"}[kind])
+            rows = read_csv(lines, separator or {"csv": ",", "tsv": "\t"}[kind])
         else:
-            rows = read_json(text, column)
+            rows = read_json(lines)
+        name = None
         try:
-            column = next(rows, None)
-            if column is None:
-                return
-            yield column
-            for number, value in rows:
-                if value is not None and not isinstance(value, str):
-                    raise InputError(f"line {number}: the column {column} holds {value!s:.40}, not text")
-                (value or "").encode()  # Raises for half a character (a lone surrogate), which JSON may hold.
-                yield value or ""
+            for number, row in rows:
+                name = choose_text_column(row, column) if name is None else name
+                text = "" if row.get(name) is None else row[name]
+                if not isinstance(text, str):
+                    raise InputError(f"line {number}: the column {name} holds {text!s:.40}, not text")
+                text.encode()  # Raises for half a character (a lone surrogate), which JSON may hold.
+                yield name, text
         except UnicodeEncodeError as error:
             raise InputError(f"line {number}: {error}") from None
         except UnicodeDecodeError as error:
             raise InputError(f"not UTF-8 ({error.reason}); convert it: iconv -f ENCODING -t utf-8") from None
 
 
-def read_csv(file, column, separator):
-    """Yield the name of the text column, and then (line, text) for each row; a blank line is an empty text."""
+def read_csv(file, separator):
+    """Yield (line, {column: text}) for each row; in a blank line, all texts are empty."""
     csv.field_size_limit(sys.maxsize)
     rows = csv.reader(file, delimiter=separator, strict=True)
-    header = next(rows, None)
-    if header is None:
-        return
-    column = choose_text_column(header, column)
-    yield column
-    place = header.index(column)
     try:
+        header = next(rows, [])
         for row in rows:
             if row and len(row) != len(header):
                 raise InputError(f"line {rows.line_num}: {len(row)} fields, but the header has {len(header)}")
-            yield rows.line_num, row[place] if row else ""
+            yield rows.line_num, dict(zip(header, row or [""] * len(header)))
     except csv.Error as error:
         raise InputError(f"line {rows.line_num}: {error}") from None
 
 
-def read_json(file, column):
-    """Yield the name of the text column, and then (line, text) for each object: one a line, or all in one array.
+def read_json(file):
+    """Yield (line, {column: value}) for each object: one a line, or all in one array.
 
     An array may also hold the texts themselves; its items are counted in place of lines.
     """
-    started = False
-    for number, line in enumerate(file, 1):
+    for first, line in enumerate(file, 1):
         is_array = line.lstrip().startswith("[")
         try:
             rows = json.loads(line + file.read()) if is_array else [json.loads(line)] if line.strip() else []
         except ValueError as error:
-            raise InputError(f"line {number}: {error}") from None
-        for row_number, row in enumerate(rows, number):
+            raise InputError(f"line {first}: {error}") from None
+        for number, row in enumerate(rows, first):
             if is_array and isinstance(row, str):
                 row = {"text": row}
             if not isinstance(row, dict):
-                raise InputError(f"line {row_number}: {row!s:.40} is not a JSON object")
-            if not started:
-                column, started = choose_text_column(row, column), True
-                yield column
-            yield row_number, row.get(column)
+                raise InputError(f"line {number}: {row!s:.40} is not a JSON object")
+            yield number, row
 
 
 def read_parquet(file, column):
-    """Yield the name of the text column, and then (row, text) for each row."""
+    """Yield (row, {text column: text}) for each row."""
     parquet = pq.ParquetFile(file)
     column = choose_text_column(parquet.schema_arrow.names, column)
-    yield column
     groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
     row_size = sum(group.total_byte_size for group in groups) // max(1, parquet.metadata.num_rows)
     batches = parquet.iter_batches(max(1, min(ENCODE_BATCH, CALL_LENGTH // max(1, row_size))), columns=[column])
-    yield from enumerate((value.as_py() for batch in batches for value in batch.column(0)), 1)
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def add_word_references(dataset, path, names):
