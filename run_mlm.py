@@ -967,50 +967,40 @@ def encode_bodies(texts, tokenizer, word_starts, id_type):
 
     def arrays(encoding):
         ids = np.array(encoding.ids, id_type)
-        return ids, None if word_starts is None else continues_word(ids, encoding.word_ids, word_starts)
+        return [ids] if word_starts is None else [ids, continues_word(ids, encoding.word_ids, word_starts)]
 
     # The backend is a fifth faster than the tokenizer, which also makes columns not used here.
     backend = tokenizer.backend_tokenizer
     if max(map(len, texts), default=0) > CALL_LENGTH:  # `bounded_parts` puts such a text into a part of its own.
-        pairs = [encode_long(texts[0], functools.partial(backend.encode, add_special_tokens=False), arrays)]
+        rows = [encode_long(texts[0], functools.partial(backend.encode, add_special_tokens=False), arrays)]
     else:
         encode = backend.encode_batch_fast if word_starts is None else backend.encode_batch
-        pairs = [arrays(encoding) for encoding in encode(texts, add_special_tokens=False)]
-    return [ids for ids, _ in pairs], [words for _, words in pairs if words is not None]
+        rows = [arrays(encoding) for encoding in encode(texts, add_special_tokens=False)]
+    return [ids for ids, *_ in rows], [words for _, *more in rows for words in more]
 
 
 def encode_long(text, encode, arrays):
     """Return the arrays of a long text, encoded in overlapping parts, which takes less memory.
 
-    Two parts meet in the middle of their overlap, where both have the same tokens at the same places, and many more on
-    both sides. A text without such a place is encoded in one call.
+    Two parts meet in the middle of their overlap, if both have the same tokens at the same places on both sides of it.
+    Otherwise the text is encoded in one call.
     """
-    parts, step = [], CALL_LENGTH - OVERLAP
-    encoding = encode(text[:CALL_LENGTH])
-    current, first = arrays(encoding), 0
-    for start in range(step, len(text) - OVERLAP, step):
-        next_encoding = encode(text[start : start + CALL_LENGTH])
-        following = arrays(next_encoding)
-        meeting = find_meeting((encoding, next_encoding), (current[0], following[0]), step)
-        if meeting is None:
-            return arrays(encode(text))
-        parts.append([values if values is None else values[first : meeting[0]] for values in current])
-        encoding, current, first = next_encoding, following, meeting[1]
-    parts.append([values if values is None else values[first:] for values in current])
-    return [None if values[0] is None else np.concatenate(values) for values in zip(*parts)]
-
-
-def find_meeting(encodings, ids, step):
-    """Return the index of the same token in the encodings of two parts that begin `step` characters apart, or None."""
-    for middle in range(OVERLAP // 2, OVERLAP // 2 + SAME_TOKENS):
-        places = encodings[0].char_to_token(step + middle), encodings[1].char_to_token(middle)
-        if None in places or min(places) < SAME_TOKENS:
-            continue
-        begins = [encoding.token_to_chars(place)[0] for encoding, place in zip(encodings, places)]
-        around = [row[place - SAME_TOKENS : place + SAME_TOKENS] for row, place in zip(ids, places)]
-        if begins[0] == begins[1] + step and len(around[0]) == 2 * SAME_TOKENS and np.array_equal(*around):
-            return places
-    return None
+    parts = []
+    for start in range(0, len(text) - OVERLAP, CALL_LENGTH - OVERLAP):
+        encoding = encode(text[start : start + CALL_LENGTH])
+        places = start + np.array([first for first, _ in encoding.offsets], int)
+        part = [places, *arrays(encoding)]
+        if parts:
+            end, begin = (np.searchsorted(columns[0], start + OVERLAP // 2) for columns in (parts[-1], part))
+            for before, after in zip(parts[-1], part):
+                around = before[end - SAME_TOKENS : end + SAME_TOKENS]
+                same = np.array_equal(around, after[begin - SAME_TOKENS : begin + SAME_TOKENS])
+                if not same or len(around) < 2 * SAME_TOKENS:
+                    return arrays(encode(text))
+            parts[-1] = [column[:end] for column in parts[-1]]
+            part = [column[begin:] for column in part]
+        parts.append(part)
+    return [np.concatenate(columns) for columns in zip(*parts)][1:]
 
 
 def continues_word(ids, words, word_starts):
