@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
@@ -420,17 +420,12 @@ class ArgumentParser(HfArgumentParser):
         closest = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
         return f"; did you mean {closest[0]}?" if closest else ""
 
-    def make_groups(self, values):
-        """Return the argument groups with the values {name: value}."""
-        names = {group: [item.name for item in fields(group) if item.init] for group in self.dataclass_types}
-        return [group(**{name: values[name] for name in names[group]}) for group in names]
-
     def find_wrong_flag(self, values):
         """Return the flag that keeps the argument groups from being made, or "arguments" if no single one does."""
         for name, value in values.items():
             if value != self.get_default(name):
                 with contextlib.suppress(Exception):
-                    self.make_groups({**values, name: self.get_default(name)})
+                    self.parse_dict({**values, name: self.get_default(name)})
                     return f"--{name}"
         return "arguments"
 
@@ -476,10 +471,10 @@ def parse_args(argv=None):
         argv, parser.source = flags + argv[1:], ""
     values = vars(parser.parse_args(argv))
     try:
-        groups = parser.make_groups(values)
+        groups = parser.parse_dict(values)
     except Exception:
         with user_errors(parser.find_wrong_flag(values)):
-            groups = parser.make_groups(values)
+            raise
     given = {name: value for name, value in values.items() if value != parser.get_default(name)}
     groups[2].given = {name: value for name, value in given.items() if name not in SECRETS}  # For the model card.
     check_args(*groups)
