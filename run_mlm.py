@@ -459,6 +459,8 @@ def parse_args(argv=None):
 
 def check_args(model, data, training):
     """Raise `UserError` for settings that contradict each other, before anything is loaded."""
+    train_data = data.dataset_name or data.train_file
+    files = data.train_file or data.validation_file
     references = data.train_ref_file or data.validation_ref_file
     new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES) + OTHER_MODELS
     replaced = data.mask_replace_prob + data.random_replace_prob
@@ -469,18 +471,9 @@ def check_args(model, data, training):
         (model.model_name_or_path or model.tokenizer_name, "a new model needs --tokenizer_name"),
         (not (model.model_name_or_path and model.config_overrides), "--config_overrides is for new models only"),
         (model.model_type in (None, *MODEL_TYPES), f"--model_type {model.model_type}: not one of {known_types}"),
-        (
-            data.dataset_name or data.train_file or data.validation_file,
-            "no data: give --train_file, --validation_file or --dataset_name",
-        ),
-        (
-            data.dataset_name or data.train_file or not training.do_train,
-            "--do_train needs --train_file or --dataset_name",
-        ),
-        (
-            not (data.dataset_name and (data.train_file or data.validation_file)),
-            "use either --dataset_name or --train_file and --validation_file",
-        ),
+        (data.dataset_name or files, "no data: give --train_file, --validation_file or --dataset_name"),
+        (train_data or not training.do_train, "--do_train needs --train_file or --dataset_name"),
+        (not (data.dataset_name and files), "use either --dataset_name or --train_file and --validation_file"),
         (0 < replaced <= 1, f"--mask_replace_prob and --random_replace_prob add up to {replaced:g}, outside (0, 1]"),
         (final_share <= data.mlm_probability, f"--final_mlm_probability {final_share} is above --mlm_probability"),
         (data.train_file or not data.train_ref_file, "--train_ref_file needs --train_file"),
