@@ -1199,12 +1199,9 @@ class TokenizedDataset:
     def __getitems__(self, keys):
         """Return the samples: {"input_ids": int [L], "epoch", "index", "progress", "labelled"}, and other columns."""
         keys = [key if isinstance(key, SampleKey) else SampleKey(int(key)) for key in keys]
-        table = self.dataset[[key.index for key in keys]]
-        columns = {name: table[name].combine_chunks() for name in table.column_names}
         samples = []
-        for i, key in enumerate(keys):
-            sample = {name: array_value(column[i]) for name, column in columns.items()}
-            samples.append({**sample, **key._asdict(), "epoch": EVAL_EPOCH if self.fixed_masks else key.epoch})
+        for key, row in zip(keys, table_rows(self.dataset[[key.index for key in keys]])):
+            samples.append({**row, **key._asdict(), "epoch": EVAL_EPOCH if self.fixed_masks else key.epoch})
         return samples
 
     def __getitem__(self, key):
@@ -1221,9 +1218,15 @@ class TokenizedDataset:
         return self.lengths.mean()
 
 
-def array_value(scalar):
-    """Return an Arrow scalar as a Python value, a list as a NumPy array."""
-    return scalar.values.to_numpy() if isinstance(scalar, pa.ListScalar) else scalar.as_py()
+def table_rows(table):
+    """Yield the rows of an Arrow table as {column: value}; a list becomes a NumPy array."""
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    for i in range(len(table)):
+        row = {name: column[i] for name, column in columns.items()}
+        yield {
+            name: value.values.to_numpy() if isinstance(value, pa.ListScalar) else value.as_py()
+            for name, value in row.items()
+        }
 
 
 class StreamedDataset:
@@ -1262,13 +1265,10 @@ class StreamedDataset:
         texts = (text_item(example.values()) for example in raw)
         with user_errors("the streamed training data"):
             for first in texts:
-                number = 0
-                for table in self.encode(itertools.chain([first], itertools.islice(texts, ENCODE_BATCH - 1))):
-                    columns = {name: table[name].combine_chunks() for name in table.column_names}
-                    for i in range(max(0, skip - number), len(table)):
-                        row = {name: array_value(column[i]) for name, column in columns.items()}
-                        yield {"raw": before, "skip": number + i}, row
-                    number += len(table)
+                tables = self.encode(itertools.chain([first], itertools.islice(texts, ENCODE_BATCH - 1)))
+                rows = enumerate(row for table in tables for row in table_rows(table))
+                for number, row in itertools.islice(rows, skip, None):
+                    yield {"raw": before, "skip": number}, row
                 before, skip = raw.state_dict(), 0
 
     def samples(self, seed, first):
