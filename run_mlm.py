@@ -258,6 +258,12 @@ class DataTrainingArguments:
         default=None, help="Use only the first N validation samples.", aliases=["--max_eval_samples"]
     )
 
+    def __post_init__(self):
+        for name in ("train_file", "validation_file"):
+            names = file_names(getattr(self, name))
+            if len(names) == 1:
+                setattr(self, name, names[0])  # One file is a string, as documented.
+
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
@@ -489,7 +495,7 @@ def check_args(model, data, training):
         if not holds:
             raise UserError(message)
     for name in ("train_file", "validation_file"):
-        for path in getattr(data, name) or ():  # `datasets` ignores a missing file beside others.
+        for path in file_names(getattr(data, name)):
             if not find_files(path):
                 raise UserError(f"--{name} {path}: no such file")
 
@@ -656,6 +662,11 @@ def choose_text_column(names, wanted):
     return column
 
 
+def file_names(setting):
+    """Return the list of names in a setting such as `--train_file`: None, one name, or a list of them."""
+    return [setting] if isinstance(setting, str) else setting or []
+
+
 def find_files(name):
     """Return the files that a value of `--train_file` stands for: a file, a URL, or all files that match a glob."""
     if "://" in name or os.path.exists(name):
@@ -665,9 +676,8 @@ def find_files(name):
 
 def load_files(split, names, model_args, data_args, separator=None):
     """Return the texts of files, URLs or globs; `separator` is that of the columns of `csv` files."""
-    names = [names] if isinstance(names, str) else names
-    subject = f"--{split}_file {' '.join(names)}"
-    paths = [path for name in names for path in find_files(name)]
+    subject = f"--{split}_file {' '.join(file_names(names))}"
+    paths = [path for name in file_names(names) for path in find_files(name)]
     if not {file_format(path)[0] for path in paths} <= set(FILE_FORMATS):
         raise UserError(f"{subject}: the formats are {', '.join(FILE_FORMATS)}")
     column, full = data_args.text_column_name, []
@@ -846,7 +856,7 @@ def add_word_references(dataset, path, names):
                     raise InputError(f"{line.strip():.40} is not a list of positions")
             references.append([number, *positions])
         if len(lines) != len(dataset):
-            raise InputError(f"{len(lines):,} lines for the {len(dataset):,} texts of {' '.join(names)}")
+            raise InputError(f"{len(lines):,} lines for the {len(dataset):,} texts of {' '.join(file_names(names))}")
         return dataset.add_column("references", pa.array(references, pa.list_(pa.int64())))
 
 
@@ -1065,10 +1075,10 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
     tokenized = {}
     for split, raw in raw_datasets.items():
         limit = data_args.max_train_samples if split == "train" else data_args.max_val_samples
-        source = data_args.dataset_name or " ".join(getattr(data_args, f"{split}_file") or data_args.train_file or ())
+        source = data_args.dataset_name or getattr(data_args, f"{split}_file") or data_args.train_file
         if not len(raw):
             continue  # `check_samples` reports it.
-        with user_errors(f"the {split} data of {source}"):
+        with user_errors(f"the {split} data of {' '.join(file_names(source))}"):
             rows = encode_dataset(raw, encode, data_args, f"Tokenizing the {split} data")
         rows = rows.select(range(min(limit or len(rows), len(rows))))
         tokenized[split] = TokenizedDataset(rows, fixed_masks=split == "validation")
@@ -2751,7 +2761,7 @@ def public_name(value):
 
 def public_files(names):
     """Return the public names of files, or of one data set, as one text."""
-    return " ".join(map(public_name, names if isinstance(names, list) else [names]))
+    return " ".join(map(public_name, file_names(names)))
 
 
 def published_files(tokenizer):
