@@ -1571,7 +1571,12 @@ def add_new_tokens(tokenizer, path):
         lines = read_lines(path)
     if getattr(tokenizer, "do_lower_case", False):
         lines = [line.lower() for line in lines]
-    tokens = [token for token in dict.fromkeys(map(str.strip, lines)) if token]
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    spellings = {}
+    for token in filter(None, map(str.strip, lines)):
+        # Spellings that the tokenizer makes one, as "Café" and "cafe" without accents, are one token.
+        spellings.setdefault(normalizer.normalize_str(token) if normalizer else token, token)
+    tokens = list(spellings.values())
     if not tokens:
         raise UserError(f"--new_tokens {path}: holds no token")
     pieces, vocabulary, last_id = {}, tokenizer.get_vocab(), max(tokenizer.get_vocab().values())
