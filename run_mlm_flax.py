@@ -3366,7 +3366,7 @@ def main(argv=None):
         check_samples(tokenized, training_args)
         log_new_tokens(new_tokens, tokenized.get("train"))
         if not (training_args.do_train or training_args.do_eval):
-            logger.info("The data is tokenized and cached. Give --do_train or --do_eval to use it.")
+            logger.info("The data, unless streamed, is tokenized and cached. Give --do_train or --do_eval to use it.")
             return {}
 
         model, params = load_model(model_args, config, tokenizer, training_args, new_tokens, checkpoint)
