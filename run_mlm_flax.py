@@ -1115,7 +1115,7 @@ def tokenize_streams(streams, encode, data_args, training_args):
 
     If there is none, it is made from the first texts of the training data, as many as are needed.
     """
-    tokenized, num_texts = {}, 0
+    tokenized, used = {}, 0
     if "validation" in streams:
         shared = streams["validation"].split == "train"
         wanted = data_args.max_val_samples or (STREAMED_VALIDATION if shared else None)
@@ -1126,12 +1126,10 @@ def tokenize_streams(streams, encode, data_args, training_args):
             log_data("validation", num_texts, rows, encode.keywords["tokenizer"])
         if shared:
             logger.info(f"The first {num_texts:,} texts of the stream are for validation and not for training.")
-        else:
-            num_texts = 0
+            used = num_texts
     if "train" in streams:
-        raw = streams["train"].skip(num_texts) if num_texts else streams["train"]
-        block_size, limit = data_args.shuffle_buffer_size, data_args.max_train_samples
-        tokenized["train"] = StreamedDataset(raw, encode, block_size, limit, training_args)
+        raw = streams["train"].skip(used) if used else streams["train"]
+        tokenized["train"] = StreamedDataset(raw, encode, data_args, training_args)
     return tokenized
 
 
@@ -1240,15 +1238,14 @@ def table_rows(table):
 
 
 class StreamedDataset:
-    """Samples that are tokenized while training reads them, pass after pass, shuffled in blocks of `block_size` rows.
+    """Samples that are tokenized while training reads them, pass after pass, shuffled in blocks of rows.
 
     A sampler yields the samples themselves instead of keys, so `dataset[sample]` is the sample. Order and masks depend
     on (seed, pass, row) alone; `blocks` are the places in the text where the latest blocks begin, for checkpoints.
     """
 
-    def __init__(self, raw, encode, block_size, rows_per_pass, args):
-        self.raw, self.encode, self.args = raw, encode, args
-        self.block_size, self.rows_per_pass = block_size, rows_per_pass
+    def __init__(self, raw, encode, data_args, args):
+        self.raw, self.encode, self.data_args, self.args = raw, encode, data_args, args
         self.start({"first": 0, "epoch": 0, "row": 0, "raw": None, "skip": 0})
         self.num_samples = self.num_tokens = 0  # Read so far.
 
@@ -1286,9 +1283,9 @@ class StreamedDataset:
         block = self.first_block
         self.blocks = []
         while True:
-            stop = None if self.rows_per_pass is None else self.rows_per_pass - block["row"]
-            rows = itertools.islice(self.rows(block), stop)
-            while read := list(itertools.islice(rows, self.block_size)):
+            left = (self.data_args.max_train_samples or sys.maxsize) - block["row"]
+            rows = itertools.islice(self.rows(block), left)
+            while read := list(itertools.islice(rows, self.data_args.shuffle_buffer_size)):
                 block = {"batch": self.args.global_batch_size, **block, **read[0][0]}
                 self.blocks.append(block)
                 lengths = np.array([len(row["input_ids"]) for _, row in read])
