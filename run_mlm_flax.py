@@ -610,7 +610,7 @@ def load_raw_datasets(model_args, data_args):
     """Return the data sets or streams {"train", "validation"}, or only one of them, with one column, the text.
 
     Word references are a second column. Without validation data, the first texts of the training data are used: a
-    percentage of them or, from a stream, as many as an evaluation needs (see `tokenize_streams`).
+    percentage of them or, from a stream, the first samples (see `tokenize_streams`).
     """
     if data_args.dataset_name:
         with user_errors(f"--dataset_name {data_args.dataset_name}"):
@@ -758,22 +758,19 @@ def read_tables(paths, **settings):
     """Yield (key, table) for the texts of files, in their order, the form in which `datasets` takes a stream."""
     for path in paths:
         texts = ((text,) for _, text in read_texts(path, **settings))
-        for number, part in enumerate(bounded_parts(texts, ENCODE_BATCH)):
+        for number, part in enumerate(bounded_parts(texts)):
             yield (path, number), pa.table({"text": pa.array([text for (text,) in part], pa.string())})
 
 
-def bounded_parts(items, most):
-    """Split items, whose first element is a text, into lists of at most `most` items and `CALL_LENGTH` characters."""
+def bounded_parts(items):
+    """Split items, whose first element is a text, into lists of `ENCODE_BATCH` items and `CALL_LENGTH` characters."""
     part, length = [], 0
     for item in items:
-        if part and length + len(item[0]) > CALL_LENGTH:
+        if len(part) == ENCODE_BATCH or (part and length + len(item[0]) > CALL_LENGTH):
             yield part
             part, length = [], 0
         part.append(item)
         length += len(item[0])
-        if len(part) == most:
-            yield part
-            part, length = [], 0
     if part:
         yield part
 
@@ -920,13 +917,13 @@ def group_texts(values, max_seq_length):
     return values[: len(values) // max_seq_length * max_seq_length].reshape(-1, max_seq_length)
 
 
-def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_seq_length, most=ENCODE_BATCH):
+def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_seq_length):
     """Yield the token rows of a batch of texts, an iterable of (text,), as tables of `input_ids: list<id_type>`.
 
     Line by line, each non-blank text is a row, truncated; else the texts are joined and cut into full rows, and the
     remainder of the batch is dropped. With `word_starts`, or with references, (text, [line, *positions]), the column
     `continues_word: list<uint8>` is 1 where a token continues the word of the token before. Memory is bounded: the
-    tokenizer gets at most `most` texts and `CALL_LENGTH` characters at a time.
+    tokenizer gets at most `CALL_LENGTH` characters at a time.
     """
     before, after = special_ids
     room = max_seq_length - len(before) - len(after) if line_by_line else sys.maxsize
@@ -936,7 +933,7 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
         first = max(0, len(values) - room) if tokenizer.truncation_side == "left" else 0
         return np.concatenate([before, values[first : first + room], after], dtype=values.dtype)
 
-    for part in bounded_parts(texts, most):
+    for part in bounded_parts(texts):
         kept = [item for item in part if not line_by_line or (item[0] and not item[0].isspace())]
         bodies, words = encode_bodies([item[0] for item in kept], tokenizer, word_starts, before.dtype)
         if len(part[0]) == 2:
@@ -1106,58 +1103,57 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
             rows = encode_dataset(raw, encode, data_args, f"Tokenizing the {split} data")
         rows = rows.select(range(min(limit or len(rows), len(rows))))
         tokenized[split] = TokenizedDataset(rows, fixed_masks=split == "validation")
-        log_data(split, len(raw), rows, tokenizer)
+        log_data(split, f"{len(raw):,} texts", rows, tokenizer)
     return tokenized
 
 
 def tokenize_streams(streams, encode, data_args, training_args):
     """Return {"train": StreamedDataset, "validation": TokenizedDataset}; the validation data is held in memory.
 
-    If there is none, it is made from the first texts of the training data, as many as are needed.
+    If there is none, the first samples of the training data become it, as many as are needed.
     """
     tokenized, used = {}, 0
     if "validation" in streams:
         shared = streams["validation"].split == "train"
-        wanted = data_args.max_val_samples or (STREAMED_VALIDATION if shared else None)
-        with user_errors("the validation data"):
-            rows, num_texts = first_rows(streams["validation"], encode, wanted)
-        if len(rows):
-            tokenized["validation"] = TokenizedDataset(rows, fixed_masks=True)
-            log_data("validation", num_texts, rows, encode.keywords["tokenizer"])
+        wanted = data_args.max_val_samples or (STREAMED_VALIDATION if shared else sys.maxsize)
+        read = [row for _, row in itertools.islice(read_rows(streams["validation"], encode), wanted)]
+        if read:
+            columns = {name: [row[name] for row in read] for name in read[0]}
+            rows = pa.table({name: list_array(values, values[0].dtype) for name, values in columns.items()})
+            tokenized["validation"] = TokenizedDataset(datasets.Dataset(rows), fixed_masks=True)
+            log_data("validation", "a stream", tokenized["validation"].dataset, encode.keywords["tokenizer"])
         if shared:
-            logger.info(f"The first {num_texts:,} texts of the stream are for validation and not for training.")
-            used = num_texts
+            logger.info(f"The first {len(read):,} samples of the stream are for validation and not for training.")
+            used = len(read)
     if "train" in streams:
-        raw = streams["train"].skip(used) if used else streams["train"]
-        tokenized["train"] = StreamedDataset(raw, encode, data_args, training_args)
+        tokenized["train"] = StreamedDataset(streams["train"], encode, data_args, training_args, used)
     return tokenized
 
 
-def first_rows(stream, encode, wanted):
-    """Return the first token rows of a stream (None: all), and the number of texts that they are made of."""
-    counter = itertools.count()
-    texts = (text_item(example.values()) for example, _ in zip(stream, counter))
-    most = ENCODE_BATCH if wanted is None else 1  # Taken one by one, so that no text is left unused.
+def read_rows(stream, encode, state=None, skip=0):
+    """Yield ({"raw": state, "skip": number}, row) for the token rows of a stream, from row `skip` after a state on.
 
-    def tables():
+    The state, in which the row has this number, is that before its batch of texts.
+    """
+    stream = copy.deepcopy(stream)
+    stream.load_state_dict(state)
+    texts = (text_item(example.values()) for example in stream)
+    with user_errors(f"the streamed {stream.split} data"):
         for first in texts:
-            yield from encode(itertools.chain([first], itertools.islice(texts, ENCODE_BATCH - 1)), most=most)
-
-    found, num_rows = [], 0
-    for table in tables():
-        found.append(table)
-        num_rows += len(table)
-        if wanted is not None and num_rows >= wanted:
-            break
-    rows = pa.concat_tables(found).slice(0, wanted).combine_chunks() if found else pa.table({"input_ids": []})
-    return datasets.Dataset(rows), next(counter)
+            tables = encode(itertools.chain([first], itertools.islice(texts, ENCODE_BATCH - 1)))
+            for number, row in enumerate(row for table in tables for row in table_rows(table)):
+                if skip > 0:
+                    skip -= 1
+                else:
+                    yield {"raw": state, "skip": number}, row
+            state = stream.state_dict()
 
 
-def log_data(split, num_texts, rows, tokenizer):
+def log_data(split, source, rows, tokenizer):
     """Log the size of a tokenized split and its share of unknown tokens."""
     ids = pc.list_flatten(rows.data.column("input_ids"))
     unknown = pc.sum(pc.equal(ids, pa.scalar(tokenizer.unk_token_id, ids.type))).as_py() or 0  # Null: it has none.
-    size = f"{num_texts:,} texts, {len(rows):,} samples, {len(ids):,} tokens"
+    size = f"{source}, {len(rows):,} samples, {len(ids):,} tokens"
     logger.info(f"{split}: {size} ({unknown / max(1, len(ids)):.2%} unknown)")
 
 
@@ -1244,9 +1240,10 @@ class StreamedDataset:
     on (seed, pass, row) alone; `blocks` are the places in the text where the latest blocks begin, for checkpoints.
     """
 
-    def __init__(self, raw, encode, data_args, args):
+    def __init__(self, raw, encode, data_args, args, used=0):
         self.raw, self.encode, self.data_args, self.args = raw, encode, data_args, args
-        self.start({"first": 0, "epoch": 0, "row": 0, "raw": None, "skip": 0})
+        self.beginning = {"row": 0, "raw": None, "skip": used}  # Of each pass.
+        self.start({"first": 0, "epoch": 0, **self.beginning})
         self.num_samples = self.num_tokens = 0  # Read so far.
 
     def __len__(self):
@@ -1264,27 +1261,13 @@ class StreamedDataset:
         """The mean number of tokens of the samples read so far."""
         return self.num_tokens / max(1, self.num_samples)
 
-    def rows(self, block):
-        """Yield (the place of a row in the text, the row) from the beginning of a block to the end of the pass."""
-        raw = copy.deepcopy(self.raw)
-        raw.load_state_dict(block["raw"])
-        before, skip = block["raw"], block["skip"]
-        texts = (text_item(example.values()) for example in raw)
-        with user_errors("the streamed training data"):
-            for first in texts:
-                tables = self.encode(itertools.chain([first], itertools.islice(texts, ENCODE_BATCH - 1)))
-                rows = enumerate(row for table in tables for row in table_rows(table))
-                for number, row in itertools.islice(rows, skip, None):
-                    yield {"raw": before, "skip": number}, row
-                before, skip = raw.state_dict(), 0
-
     def samples(self, seed, first):
         """Yield the samples of the run from number `first` on, pass after pass without end."""
         block = self.first_block
         self.blocks = []
         while True:
             left = (self.data_args.max_train_samples or sys.maxsize) - block["row"]
-            rows = itertools.islice(self.rows(block), left)
+            rows = itertools.islice(read_rows(self.raw, self.encode, block["raw"], block["skip"]), left)
             while read := list(itertools.islice(rows, self.data_args.shuffle_buffer_size)):
                 block = {"batch": self.args.global_batch_size, **block, **read[0][0]}
                 self.blocks.append(block)
@@ -1301,7 +1284,7 @@ class StreamedDataset:
             if not block["row"]:
                 remedies = "give more text, or lower --max_seq_length, or --max_val_samples"
                 raise UserError(f"the train data holds no sample: {remedies}")
-            block = {**block, "epoch": block["epoch"] + 1, "row": 0, "raw": None, "skip": 0}
+            block = {**block, "epoch": block["epoch"] + 1, **self.beginning}
 
     def block_at(self, number):
         """Return the place of the block that holds sample `number`, and forget the blocks before it."""
