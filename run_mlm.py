@@ -1210,7 +1210,7 @@ def table_rows(table):
 
 
 class StreamedDataset:
-    """Samples that are tokenized while training reads them, pass after pass, shuffled in blocks of rows.
+    """Samples that are tokenized while training reads them, pass after pass, shuffled in blocks.
 
     A sampler yields the samples themselves instead of keys, so `dataset[sample]` is the sample. Order and masks depend
     on (seed, pass, row) alone; `blocks` are the places in the text where the latest blocks begin, for checkpoints.
