@@ -1216,11 +1216,6 @@ class TokenizedDataset:
         """The number of tokens of each sample: int [N]."""
         return pc.list_value_length(self.dataset.data.column("input_ids")).to_numpy()
 
-    @property
-    def tokens_per_sample(self):
-        """The mean number of tokens of a sample."""
-        return self.lengths.mean()
-
 
 def table_rows(table):
     """Yield the rows of an Arrow table as {column: value}; a list becomes a NumPy array."""
@@ -1245,6 +1240,7 @@ class StreamedDataset:
         self.beginning = {"row": 0, "raw": None, "skip": used}  # Of each pass.
         self.start({"first": 0, "epoch": 0, **self.beginning})
         self.num_samples = self.num_tokens = 0  # Read so far.
+        self.lengths = np.zeros(1, int)  # Of the samples of the latest block.
 
     def __len__(self):
         return self.args.max_steps * self.args.global_batch_size
@@ -1256,11 +1252,6 @@ class StreamedDataset:
         """Begin to read at a block."""
         self.first_block, self.blocks = block, [block]
 
-    @property
-    def tokens_per_sample(self):
-        """The mean number of tokens of the samples read so far."""
-        return self.num_tokens / max(1, self.num_samples)
-
     def samples(self, seed, first):
         """Yield the samples of the run from number `first` on, pass after pass without end."""
         block = self.first_block
@@ -1271,11 +1262,12 @@ class StreamedDataset:
             while read := list(itertools.islice(rows, self.data_args.shuffle_buffer_size)):
                 block = {"batch": self.args.global_batch_size, **block, **read[0][0]}
                 self.blocks.append(block)
-                lengths = np.array([len(row["input_ids"]) for _, row in read])
-                self.num_samples, self.num_tokens = self.num_samples + len(read), self.num_tokens + lengths.sum()
+                self.lengths = np.array([len(row["input_ids"]) for _, row in read])
+                self.num_samples += len(read)
+                self.num_tokens += self.lengths.sum()
                 order = sample_generator(seed, block["epoch"], ORDER_KEYS + block["row"]).permutation(len(read))
                 if self.args.group_by_length:
-                    order = group_by_length(order, lengths, block["batch"])
+                    order = group_by_length(order, self.lengths, block["batch"])
                 for place in range(max(0, first - block["first"]), len(read)):
                     key = {"epoch": block["epoch"], "index": block["row"] + int(order[place])}
                     yield {**key, **read[order[place]][1]}
@@ -3123,7 +3115,7 @@ def log_losses(run, grad_norm, schedule):
     samples, seconds = run.plan.num_samples(run.step) - run.plan.num_samples(step), time.perf_counter() - start
     logs = {"loss": run.losses.report(), "grad_norm": float(grad_norm[0])}
     logs["learning_rate"] = float(schedule(run.step - 1))
-    logs["tokens_per_second"] = round(run.tokenized["train"].tokens_per_sample * samples / seconds)
+    logs["tokens_per_second"] = round(run.tokenized["train"].lengths.mean() * samples / seconds)
     run.log(logs, seconds / max(1, run.step - step))
     run.timer = run.step, time.perf_counter()
 
