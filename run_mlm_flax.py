@@ -1203,10 +1203,9 @@ class TokenizedDataset:
     def __getitems__(self, keys):
         """Return the samples: {"input_ids": int [L], "epoch", "index", "progress", "labelled"}, and other columns."""
         keys = [key if isinstance(key, SampleKey) else SampleKey(int(key)) for key in keys]
-        samples = []
-        for key, row in zip(keys, table_rows(self.dataset[[key.index for key in keys]])):
-            samples.append({**row, **key._asdict(), "epoch": EVAL_EPOCH if self.fixed_masks else key.epoch})
-        return samples
+        rows = table_rows(self.dataset[[key.index for key in keys]])
+        epoch = {"epoch": EVAL_EPOCH} if self.fixed_masks else {}
+        return [{**row, **key._asdict(), **epoch} for row, key in zip(rows, keys)]
 
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
@@ -1325,17 +1324,14 @@ class RunPlan:
         """Optimizer steps of one pass over the training data."""
         return self.steps_left(Position(self.start.epoch + 1, 0, self.batch_size))
 
-    def epoch_size(self, position):
-        """Samples of an epoch; with `drop_last_step`, without those of its incomplete last step."""
+    def steps_left(self, position):
+        """Optimizer steps from a position to the end of its epoch; with `drop_last_step`, complete ones alone."""
         if self.is_stream:
             return sys.maxsize
-        size = position.batch_size if self.args.drop_last_step else 1
-        return len(self.dataset) // size * size
-
-    def steps_left(self, position):
-        """Optimizer steps from a position to the end of its epoch."""
-        steps = max(0, self.epoch_size(position) - position.sample) / self.batch_size
-        return math.floor(steps) if self.args.drop_last_step else math.ceil(steps)
+        if not self.args.drop_last_step:
+            return max(0, math.ceil((len(self.dataset) - position.sample) / self.batch_size))
+        size = len(self.dataset) // position.batch_size * position.batch_size
+        return max(0, (size - position.sample) // self.batch_size)
 
     def position(self, step):
         """Return the position after a step; at the end of an epoch, that is the beginning of the next one."""
@@ -1347,13 +1343,10 @@ class RunPlan:
 
     def num_samples(self, step):
         """Return how many samples this command has trained on after a step; an incomplete step has fewer."""
+        if self.is_stream or self.args.drop_last_step:  # All steps are complete.
+            return (step - self.first_step) * self.batch_size
         position = self.position(step)
-        if position.epoch == self.start.epoch:
-            return position.sample - self.start.sample
-        epochs = position.epoch - self.start.epoch - 1
-        left = max(0, self.epoch_size(self.start) - self.start.sample)
-        first = min(left, self.steps_left(self.start) * self.batch_size)
-        return first + epochs * self.epoch_size(position) + position.sample
+        return (position.epoch - self.start.epoch) * len(self.dataset) + position.sample - self.start.sample
 
     def epoch(self, step):
         """Return the passes over the training data after a step; for a stream, the share of the run that is done."""
