@@ -576,20 +576,16 @@ def write_errors(folder, what):
         raise
 
 
-def exit_on_user_error(main):
-    """Decorate `main` to print a `UserError` in one line and exit with status 2 (MLM_DEBUG=1: with its traceback)."""
-
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        try:
-            return main(argv)
-        except UserError as error:
-            if os.environ.get("MLM_DEBUG") == "1":
-                raise
-            print_error(error)
-            raise SystemExit(2) from None
-
-    return wrapped
+@contextlib.contextmanager
+def exit_on_user_error():
+    """Print a `UserError` in one line and exit with status 2 (MLM_DEBUG=1: with its traceback)."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("MLM_DEBUG") == "1":
+            raise
+        print_error(error)
+        raise SystemExit(2) from None
 
 
 def print_error(error):
@@ -3309,7 +3305,7 @@ def is_local(name):
 
 
 # ---- 7. Main --------------------------------------------------------------------------------------------------------
-@exit_on_user_error
+@exit_on_user_error()
 def main(argv=None):
     """Run what the arguments ask for and return all metrics."""
     set_client_factory(hub_client)
