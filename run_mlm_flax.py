@@ -924,6 +924,7 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
     before, after = special_ids
     room = max_seq_length - len(before) - len(after) if line_by_line else sys.maxsize
     remainders = {"input_ids": before[:0], "continues_word": np.zeros(0, np.uint8)}
+    kinds = {name: pa.list_(pa.from_numpy_dtype(values.dtype)) for name, values in remainders.items()}
 
     def complete(values, before, after):
         first = max(0, len(values) - room) if tokenizer.truncation_side == "left" else 0
@@ -942,7 +943,7 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
                 joined = np.concatenate([remainders[name], *rows])
                 columns[name] = group_texts(joined, max_seq_length)
                 remainders[name] = joined[columns[name].size :]
-        yield pa.table({name: list_array(rows, remainders[name].dtype) for name, rows in columns.items()})
+        yield pa.table({name: pa.array(list(rows), kinds[name]) for name, rows in columns.items()})
 
 
 def text_item(values):
@@ -951,12 +952,6 @@ def text_item(values):
     if text is not None and not isinstance(text, str):
         raise InputError(f"the text column holds {text!s:.40}, not text; see --text_column_name")
     return text or "", *references
-
-
-def list_array(rows, kind):
-    """Return rows, arrays of one type, as an Arrow array of lists."""
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate([np.zeros(0, kind), *rows]))
 
 
 def reference_flags(references, first, length):
@@ -1114,8 +1109,7 @@ def tokenize_streams(streams, encode, data_args, training_args):
         wanted = data_args.max_val_samples or (STREAMED_VALIDATION if shared else sys.maxsize)
         read = [row for _, row in itertools.islice(read_rows(streams["validation"], encode), wanted)]
         if read:
-            columns = {name: [row[name] for row in read] for name in read[0]}
-            rows = pa.table({name: list_array(values, values[0].dtype) for name, values in columns.items()})
+            rows = pa.table({name: [row[name] for row in read] for name in read[0]})
             tokenized["validation"] = TokenizedDataset(datasets.Dataset(rows), fixed_masks=True)
             log_data("validation", "a stream", tokenized["validation"].dataset, encode.keywords["tokenizer"])
         if shared:
