@@ -46,7 +46,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -316,11 +316,10 @@ class TrainingArguments(transformers.TrainingArguments):
     def check_usable(self):
         """Raise `UserError` for an argument in `UNUSABLE` that is not at its default."""
         for reason, names in UNUSABLE.items():
-            for item in fields(self):
-                default = item.default_factory() if item.default is MISSING else item.default
-                # The parser's default of an empty list or text is None.
-                if item.name in names.split() and (getattr(self, item.name) or None) != (default or None):
-                    raise UserError(f"--{item.name} does not work here: {reason}")
+            for name in names.split():
+                value, default = getattr(self, name, None), getattr(type(self), name, None)
+                if (value or None) != (default or None):  # The parser's default of an empty list or text is None.
+                    raise UserError(f"--{name} does not work here: {reason}")
 
     def check_combinations(self):
         """Raise `UserError` for mistakes that the Trainer would notice only in the middle of a run."""
