@@ -640,16 +640,15 @@ def load_named_dataset(model_args, data_args):
         # The sizes become part of the cache key, which already has the modification times.
         options["description"] = " ".join(str(os.path.getsize(path)) for path in files if os.path.isfile(path))
     if os.path.exists(os.path.join(name, "state.json")):  # One split, as `Dataset.save_to_disk` writes it.
-        files = {"train": os.path.join(glob.escape(name), "data-*.arrow")}
-        raw = datasets.load_dataset("arrow", data_files=files, **options)
-    else:
-        if os.path.isdir(name):
-            config = datasets.load_dataset_builder(name, config_name, cache_dir=model_args.cache_dir).config
-            files = {split: config.data_files[split] for split in ("train", "validation") if split in config.data_files}
-            if {file_format(path)[0] for paths in files.values() for path in paths} <= set(FILE_FORMATS):
-                separator = getattr(config, "sep", None)
-                return {split: load_files(split, files[split], model_args, data_args, separator) for split in files}
-        raw = datasets.load_dataset(name, config_name, **options)
+        options["data_files"] = {"train": os.path.join(glob.escape(name), "data-*.arrow")}
+        name = "arrow"
+    elif os.path.isdir(name):
+        config = datasets.load_dataset_builder(name, config_name, cache_dir=model_args.cache_dir).config
+        files = {split: config.data_files[split] for split in ("train", "validation") if split in config.data_files}
+        if {file_format(path)[0] for paths in files.values() for path in paths} <= set(FILE_FORMATS):
+            separator = getattr(config, "sep", None)
+            return {split: load_files(split, files[split], model_args, data_args, separator) for split in files}
+    raw = datasets.load_dataset(name, config_name, **options)
     return {split: select_text(raw[split], data_args) for split in ("train", "validation") if split in raw}
 
 
