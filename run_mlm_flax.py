@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
@@ -305,6 +305,12 @@ class DataTrainingArguments:
         default=None, help="Use only the first N validation samples.", aliases=["--max_eval_samples"]
     )
 
+    def __post_init__(self):
+        for name in ("train_file", "validation_file"):
+            names = file_names(getattr(self, name))
+            if len(names) == 1:
+                setattr(self, name, names[0])  # One file is a string, as documented.
+
 
 @dataclass
 class TrainingArguments:
@@ -420,17 +426,12 @@ class ArgumentParser(HfArgumentParser):
         closest = difflib.get_close_matches(flag, known, n=1, cutoff=0.8)
         return f"; did you mean {closest[0]}?" if closest else ""
 
-    def make_groups(self, values):
-        """Return the argument groups with the values {name: value}."""
-        names = {group: [item.name for item in fields(group) if item.init] for group in self.dataclass_types}
-        return [group(**{name: values[name] for name in names[group]}) for group in names]
-
     def find_wrong_flag(self, values):
         """Return the flag that keeps the argument groups from being made, or "arguments" if no single one does."""
         for name, value in values.items():
             if value != self.get_default(name):
                 with contextlib.suppress(Exception):
-                    self.make_groups({**values, name: self.get_default(name)})
+                    self.parse_dict({**values, name: self.get_default(name)})
                     return f"--{name}"
         return "arguments"
 
@@ -476,10 +477,10 @@ def parse_args(argv=None):
         argv, parser.source = flags + argv[1:], ""
     values = vars(parser.parse_args(argv))
     try:
-        groups = parser.make_groups(values)
+        groups = parser.parse_dict(values)
     except Exception:
         with user_errors(parser.find_wrong_flag(values)):
-            groups = parser.make_groups(values)
+            raise
     given = {name: value for name, value in values.items() if value != parser.get_default(name)}
     groups[2].given = {name: value for name, value in given.items() if name not in SECRETS}  # For the model card.
     check_args(*groups)
@@ -488,6 +489,8 @@ def parse_args(argv=None):
 
 def check_args(model, data, training):
     """Raise `UserError` for settings that contradict each other, before anything is loaded."""
+    train_data = data.dataset_name or data.train_file
+    files = data.train_file or data.validation_file
     references = data.train_ref_file or data.validation_ref_file
     new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES) + OTHER_MODELS
     replaced = data.mask_replace_prob + data.random_replace_prob
@@ -498,18 +501,9 @@ def check_args(model, data, training):
         (model.model_name_or_path or model.tokenizer_name, "a new model needs --tokenizer_name"),
         (not (model.model_name_or_path and model.config_overrides), "--config_overrides is for new models only"),
         (model.model_type in (None, *MODEL_TYPES), f"--model_type {model.model_type}: not one of {known_types}"),
-        (
-            data.dataset_name or data.train_file or data.validation_file,
-            "no data: give --train_file, --validation_file or --dataset_name",
-        ),
-        (
-            data.dataset_name or data.train_file or not training.do_train,
-            "--do_train needs --train_file or --dataset_name",
-        ),
-        (
-            not (data.dataset_name and (data.train_file or data.validation_file)),
-            "use either --dataset_name or --train_file and --validation_file",
-        ),
+        (data.dataset_name or files, "no data: give --train_file, --validation_file or --dataset_name"),
+        (train_data or not training.do_train, "--do_train needs --train_file or --dataset_name"),
+        (not (data.dataset_name and files), "use either --dataset_name or --train_file and --validation_file"),
         (0 < replaced <= 1, f"--mask_replace_prob and --random_replace_prob add up to {replaced:g}, outside (0, 1]"),
         (final_share <= data.mlm_probability, f"--final_mlm_probability {final_share} is above --mlm_probability"),
         (data.train_file or not data.train_ref_file, "--train_ref_file needs --train_file"),
@@ -525,7 +519,7 @@ def check_args(model, data, training):
         if not holds:
             raise UserError(message)
     for name in ("train_file", "validation_file"):
-        for path in getattr(data, name) or ():  # `datasets` ignores a missing file beside others.
+        for path in file_names(getattr(data, name)):
             if not find_files(path):
                 raise UserError(f"--{name} {path}: no such file")
 
@@ -582,20 +576,16 @@ def write_errors(folder, what):
         raise
 
 
-def exit_on_user_error(main):
-    """Decorate `main` to print a `UserError` in one line and exit with status 2 (MLM_DEBUG=1: with its traceback)."""
-
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        try:
-            return main(argv)
-        except UserError as error:
-            if os.environ.get("MLM_DEBUG") == "1":
-                raise
-            print_error(error)
-            raise SystemExit(2) from None
-
-    return wrapped
+@contextlib.contextmanager
+def exit_on_user_error():
+    """Print a `UserError` in one line and exit with status 2 (MLM_DEBUG=1: with its traceback)."""
+    try:
+        yield
+    except UserError as error:
+        if os.environ.get("MLM_DEBUG") == "1":
+            raise
+        print_error(error)
+        raise SystemExit(2) from None
 
 
 def print_error(error):
@@ -616,7 +606,7 @@ def load_raw_datasets(model_args, data_args):
     """Return the data sets or streams {"train", "validation"}, or only one of them, with one column, the text.
 
     Word references are a second column. Without validation data, the first texts of the training data are used: a
-    percentage of them or, from a stream, as many as an evaluation needs (see `tokenize_streams`).
+    percentage of them or, from a stream, the first samples (see `tokenize_streams`).
     """
     if data_args.dataset_name:
         with user_errors(f"--dataset_name {data_args.dataset_name}"):
@@ -650,16 +640,15 @@ def load_named_dataset(model_args, data_args):
         # The sizes become part of the cache key, which already has the modification times.
         options["description"] = " ".join(str(os.path.getsize(path)) for path in files if os.path.isfile(path))
     if os.path.exists(os.path.join(name, "state.json")):  # One split, as `Dataset.save_to_disk` writes it.
-        files = {"train": os.path.join(glob.escape(name), "data-*.arrow")}
-        raw = datasets.load_dataset("arrow", data_files=files, **options)
-    else:
-        if os.path.isdir(name):
-            config = datasets.load_dataset_builder(name, config_name, cache_dir=model_args.cache_dir).config
-            files = {split: config.data_files[split] for split in ("train", "validation") if split in config.data_files}
-            if {file_format(path)[0] for paths in files.values() for path in paths} <= set(FILE_FORMATS):
-                separator = getattr(config, "sep", None)
-                return {split: load_files(split, files[split], model_args, data_args, separator) for split in files}
-        raw = datasets.load_dataset(name, config_name, **options)
+        options["data_files"] = {"train": os.path.join(glob.escape(name), "data-*.arrow")}
+        name = "arrow"
+    elif os.path.isdir(name):
+        config = datasets.load_dataset_builder(name, config_name, cache_dir=model_args.cache_dir).config
+        files = {split: config.data_files[split] for split in ("train", "validation") if split in config.data_files}
+        if {file_format(path)[0] for paths in files.values() for path in paths} <= set(FILE_FORMATS):
+            separator = getattr(config, "sep", None)
+            return {split: load_files(split, files[split], model_args, data_args, separator) for split in files}
+    raw = datasets.load_dataset(name, config_name, **options)
     return {split: select_text(raw[split], data_args) for split in ("train", "validation") if split in raw}
 
 
@@ -692,6 +681,11 @@ def choose_text_column(names, wanted):
     return column
 
 
+def file_names(setting):
+    """Return the list of names in a setting such as `--train_file`: None, one name, or a list of them."""
+    return [setting] if isinstance(setting, str) else setting or []
+
+
 def find_files(name):
     """Return the files that a value of `--train_file` stands for: a file, a URL, or all files that match a glob."""
     if "://" in name or os.path.exists(name):
@@ -701,19 +695,18 @@ def find_files(name):
 
 def load_files(split, names, model_args, data_args, separator=None):
     """Return the texts of files, URLs or globs; `separator` is that of the columns of `csv` files."""
-    names = [names] if isinstance(names, str) else names
-    subject = f"--{split}_file {' '.join(names)}"
-    paths = [path for name in names for path in find_files(name)]
+    subject = f"--{split}_file {' '.join(file_names(names))}"
+    paths = [path for name in file_names(names) for path in find_files(name)]
     if not {file_format(path)[0] for path in paths} <= set(FILE_FORMATS):
         raise UserError(f"{subject}: the formats are {', '.join(FILE_FORMATS)}")
     column, full = data_args.text_column_name, []
     for path in paths:
-        head = list(itertools.islice(read_texts(path, column, separator, model_args.token), 2))
-        if len(head) == 2:  # The name of the column, and a text.
-            column = head[0]
-            full.append(path)
-        else:
+        first = next(read_texts(path, column, separator, model_args.token), None)
+        if first is None:
             logger.warning(f"{path} is empty.")
+        else:
+            column, _ = first
+            full.append(path)
     if not full:
         raise UserError(f"{subject}: no text")
     logger.info(f"{subject}: {file_format(full[0])[0]}, text column: {column}")
@@ -759,23 +752,20 @@ def file_format(path):
 def read_tables(paths, **settings):
     """Yield (key, table) for the texts of files, in their order, the form in which `datasets` takes a stream."""
     for path in paths:
-        texts = itertools.islice(read_texts(path, **settings), 1, None)
-        for number, part in enumerate(bounded_parts(zip(texts), ENCODE_BATCH)):
+        texts = ((text,) for _, text in read_texts(path, **settings))
+        for number, part in enumerate(bounded_parts(texts)):
             yield (path, number), pa.table({"text": pa.array([text for (text,) in part], pa.string())})
 
 
-def bounded_parts(items, most):
-    """Split items, whose first element is a text, into lists of at most `most` items and `CALL_LENGTH` characters."""
+def bounded_parts(items):
+    """Split items, whose first element is a text, into lists of `ENCODE_BATCH` items and `CALL_LENGTH` characters."""
     part, length = [], 0
     for item in items:
-        if part and length + len(item[0]) > CALL_LENGTH:
+        if len(part) == ENCODE_BATCH or (part and length + len(item[0]) > CALL_LENGTH):
             yield part
             part, length = [], 0
         part.append(item)
         length += len(item[0])
-        if len(part) == most:
-            yield part
-            part, length = [], 0
     if part:
         yield part
 
@@ -791,90 +781,78 @@ def open_file(path, packing, token):
 
 
 def read_texts(path, column, separator=None, token=None):
-    """Yield the name of the text column of a file, and then its texts; a missing text is an empty one.
+    """Yield (text column, text) for each row of a file; a missing text is an empty one.
 
     Only the text column is read, and no type is guessed. Raises `UserError` with the file and the line of a mistake.
     """
     kind, packing = file_format(path)
     with user_errors(path), open_file(path, packing, token) as file:
         newline = "" if kind in ("csv", "tsv") else None  # In these formats, a text may contain line breaks.
-        text = None if kind == "parquet" else io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
+        lines = None if kind == "parquet" else io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
         if kind == "txt":
-            lines = (line.removesuffix("\n") for line in text)
-            rows = itertools.chain([choose_text_column(["text"], column)], enumerate(lines, 1))
+            rows = enumerate(({"text": line.removesuffix("\n")} for line in lines), 1)
         elif kind == "parquet":
             rows = read_parquet(file, column)
         elif kind in ("csv", "tsv"):
-            rows = read_csv(text, column, separator or {"csv": ",", "tsv": "\t"}[kind])
+            rows = read_csv(lines, separator or {"csv": ",", "tsv": "\t"}[kind])
         else:
-            rows = read_json(text, column)
+            rows = read_json(lines)
+        name = None
         try:
-            column = next(rows, None)
-            if column is None:
-                return
-            yield column
-            for number, value in rows:
-                if value is not None and not isinstance(value, str):
-                    raise InputError(f"line {number}: the column {column} holds {value!s:.40}, not text")
-                (value or "").encode()  # Raises for half a character (a lone surrogate), which JSON may hold.
-                yield value or ""
+            for number, row in rows:
+                name = choose_text_column(row, column) if name is None else name
+                text = "" if row.get(name) is None else row[name]
+                if not isinstance(text, str):
+                    raise InputError(f"line {number}: the column {name} holds {text!s:.40}, not text")
+                text.encode()  # Raises for half a character (a lone surrogate), which JSON may hold.
+                yield name, text
         except UnicodeEncodeError as error:
             raise InputError(f"line {number}: {error}") from None
         except UnicodeDecodeError as error:
             raise InputError(f"not UTF-8 ({error.reason}); convert it: iconv -f ENCODING -t utf-8") from None
 
 
-def read_csv(file, column, separator):
-    """Yield the name of the text column, and then (line, text) for each row; a blank line is an empty text."""
+def read_csv(file, separator):
+    """Yield (line, {column: text}) for each row; in a blank line, all texts are empty."""
     csv.field_size_limit(sys.maxsize)
     rows = csv.reader(file, delimiter=separator, strict=True)
-    header = next(rows, None)
-    if header is None:
-        return
-    column = choose_text_column(header, column)
-    yield column
-    place = header.index(column)
     try:
+        header = next(rows, [])
         for row in rows:
             if row and len(row) != len(header):
                 raise InputError(f"line {rows.line_num}: {len(row)} fields, but the header has {len(header)}")
-            yield rows.line_num, row[place] if row else ""
+            yield rows.line_num, dict(zip(header, row or [""] * len(header)))
     except csv.Error as error:
         raise InputError(f"line {rows.line_num}: {error}") from None
 
 
-def read_json(file, column):
-    """Yield the name of the text column, and then (line, text) for each object: one a line, or all in one array.
+def read_json(file):
+    """Yield (line, {column: value}) for each object: one a line, or all in one array.
 
     An array may also hold the texts themselves; its items are counted in place of lines.
     """
-    started = False
-    for number, line in enumerate(file, 1):
+    for first, line in enumerate(file, 1):
         is_array = line.lstrip().startswith("[")
         try:
             rows = json.loads(line + file.read()) if is_array else [json.loads(line)] if line.strip() else []
         except ValueError as error:
-            raise InputError(f"line {number}: {error}") from None
-        for row_number, row in enumerate(rows, number):
+            raise InputError(f"line {first}: {error}") from None
+        for number, row in enumerate(rows, first):
             if is_array and isinstance(row, str):
                 row = {"text": row}
             if not isinstance(row, dict):
-                raise InputError(f"line {row_number}: {row!s:.40} is not a JSON object")
-            if not started:
-                column, started = choose_text_column(row, column), True
-                yield column
-            yield row_number, row.get(column)
+                raise InputError(f"line {number}: {row!s:.40} is not a JSON object")
+            yield number, row
 
 
 def read_parquet(file, column):
-    """Yield the name of the text column, and then (row, text) for each row."""
+    """Yield (row, {text column: text}) for each row."""
     parquet = pq.ParquetFile(file)
     column = choose_text_column(parquet.schema_arrow.names, column)
-    yield column
     groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
     row_size = sum(group.total_byte_size for group in groups) // max(1, parquet.metadata.num_rows)
     batches = parquet.iter_batches(max(1, min(ENCODE_BATCH, CALL_LENGTH // max(1, row_size))), columns=[column])
-    yield from enumerate((value.as_py() for batch in batches for value in batch.column(0)), 1)
+    yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 def add_word_references(dataset, path, names):
@@ -894,7 +872,7 @@ def add_word_references(dataset, path, names):
                     raise InputError(f"{line.strip():.40} is not a list of positions")
             references.append([number, *positions])
         if len(lines) != len(dataset):
-            raise InputError(f"{len(lines):,} lines for the {len(dataset):,} texts of {' '.join(names)}")
+            raise InputError(f"{len(lines):,} lines for the {len(dataset):,} texts of {' '.join(file_names(names))}")
         return dataset.add_column("references", pa.array(references, pa.list_(pa.int64())))
 
 
@@ -934,23 +912,24 @@ def group_texts(values, max_seq_length):
     return values[: len(values) // max_seq_length * max_seq_length].reshape(-1, max_seq_length)
 
 
-def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_seq_length, most=ENCODE_BATCH):
+def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_seq_length):
     """Yield the token rows of a batch of texts, an iterable of (text,), as tables of `input_ids: list<id_type>`.
 
     Line by line, each non-blank text is a row, truncated; else the texts are joined and cut into full rows, and the
     remainder of the batch is dropped. With `word_starts`, or with references, (text, [line, *positions]), the column
     `continues_word: list<uint8>` is 1 where a token continues the word of the token before. Memory is bounded: the
-    tokenizer gets at most `most` texts and `CALL_LENGTH` characters at a time.
+    tokenizer gets at most `CALL_LENGTH` characters at a time.
     """
     before, after = special_ids
     room = max_seq_length - len(before) - len(after) if line_by_line else sys.maxsize
     remainders = {"input_ids": before[:0], "continues_word": np.zeros(0, np.uint8)}
+    kinds = {name: pa.list_(pa.from_numpy_dtype(values.dtype)) for name, values in remainders.items()}
 
     def complete(values, before, after):
         first = max(0, len(values) - room) if tokenizer.truncation_side == "left" else 0
         return np.concatenate([before, values[first : first + room], after], dtype=values.dtype)
 
-    for part in bounded_parts(texts, most):
+    for part in bounded_parts(texts):
         kept = [item for item in part if not line_by_line or (item[0] and not item[0].isspace())]
         bodies, words = encode_bodies([item[0] for item in kept], tokenizer, word_starts, before.dtype)
         if len(part[0]) == 2:
@@ -963,7 +942,7 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
                 joined = np.concatenate([remainders[name], *rows])
                 columns[name] = group_texts(joined, max_seq_length)
                 remainders[name] = joined[columns[name].size :]
-        yield pa.table({name: list_array(rows, remainders[name].dtype) for name, rows in columns.items()})
+        yield pa.table({name: pa.array(list(rows), kinds[name]) for name, rows in columns.items()})
 
 
 def text_item(values):
@@ -972,12 +951,6 @@ def text_item(values):
     if text is not None and not isinstance(text, str):
         raise InputError(f"the text column holds {text!s:.40}, not text; see --text_column_name")
     return text or "", *references
-
-
-def list_array(rows, kind):
-    """Return rows, arrays of one type, as an Arrow array of lists."""
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    return pa.ListArray.from_arrays(offsets, np.concatenate([np.zeros(0, kind), *rows]))
 
 
 def reference_flags(references, first, length):
@@ -1003,50 +976,40 @@ def encode_bodies(texts, tokenizer, word_starts, id_type):
 
     def arrays(encoding):
         ids = np.array(encoding.ids, id_type)
-        return ids, None if word_starts is None else continues_word(ids, encoding.word_ids, word_starts)
+        return [ids] if word_starts is None else [ids, continues_word(ids, encoding.word_ids, word_starts)]
 
     # The backend is a fifth faster than the tokenizer, which also makes columns not used here.
     backend = tokenizer.backend_tokenizer
     if max(map(len, texts), default=0) > CALL_LENGTH:  # `bounded_parts` puts such a text into a part of its own.
-        pairs = [encode_long(texts[0], functools.partial(backend.encode, add_special_tokens=False), arrays)]
+        rows = [encode_long(texts[0], functools.partial(backend.encode, add_special_tokens=False), arrays)]
     else:
         encode = backend.encode_batch_fast if word_starts is None else backend.encode_batch
-        pairs = [arrays(encoding) for encoding in encode(texts, add_special_tokens=False)]
-    return [ids for ids, _ in pairs], [words for _, words in pairs if words is not None]
+        rows = [arrays(encoding) for encoding in encode(texts, add_special_tokens=False)]
+    return [ids for ids, *_ in rows], [words for _, *more in rows for words in more]
 
 
 def encode_long(text, encode, arrays):
     """Return the arrays of a long text, encoded in overlapping parts, which takes less memory.
 
-    Two parts meet in the middle of their overlap, where both have the same tokens at the same places, and many more on
-    both sides. A text without such a place is encoded in one call.
+    Two parts meet in the middle of their overlap, if both have the same tokens at the same places on both sides of it.
+    Otherwise the text is encoded in one call.
     """
-    parts, step = [], CALL_LENGTH - OVERLAP
-    encoding = encode(text[:CALL_LENGTH])
-    current, first = arrays(encoding), 0
-    for start in range(step, len(text) - OVERLAP, step):
-        next_encoding = encode(text[start : start + CALL_LENGTH])
-        following = arrays(next_encoding)
-        meeting = find_meeting((encoding, next_encoding), (current[0], following[0]), step)
-        if meeting is None:
-            return arrays(encode(text))
-        parts.append([values if values is None else values[first : meeting[0]] for values in current])
-        encoding, current, first = next_encoding, following, meeting[1]
-    parts.append([values if values is None else values[first:] for values in current])
-    return [None if values[0] is None else np.concatenate(values) for values in zip(*parts)]
-
-
-def find_meeting(encodings, ids, step):
-    """Return the index of the same token in the encodings of two parts that begin `step` characters apart, or None."""
-    for middle in range(OVERLAP // 2, OVERLAP // 2 + SAME_TOKENS):
-        places = encodings[0].char_to_token(step + middle), encodings[1].char_to_token(middle)
-        if None in places or min(places) < SAME_TOKENS:
-            continue
-        begins = [encoding.token_to_chars(place)[0] for encoding, place in zip(encodings, places)]
-        around = [row[place - SAME_TOKENS : place + SAME_TOKENS] for row, place in zip(ids, places)]
-        if begins[0] == begins[1] + step and len(around[0]) == 2 * SAME_TOKENS and np.array_equal(*around):
-            return places
-    return None
+    parts = []
+    for start in range(0, len(text) - OVERLAP, CALL_LENGTH - OVERLAP):
+        encoding = encode(text[start : start + CALL_LENGTH])
+        places = start + np.array([first for first, _ in encoding.offsets], int)
+        part = [places, *arrays(encoding)]
+        if parts:
+            end, begin = (np.searchsorted(columns[0], start + OVERLAP // 2) for columns in (parts[-1], part))
+            for before, after in zip(parts[-1], part):
+                around = before[end - SAME_TOKENS : end + SAME_TOKENS]
+                same = np.array_equal(around, after[begin - SAME_TOKENS : begin + SAME_TOKENS])
+                if not same or len(around) < 2 * SAME_TOKENS:
+                    return arrays(encode(text))
+            parts[-1] = [column[:end] for column in parts[-1]]
+            part = [column[begin:] for column in part]
+        parts.append(part)
+    return [np.concatenate(columns) for columns in zip(*parts)][1:]
 
 
 def continues_word(ids, words, word_starts):
@@ -1123,67 +1086,63 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
     tokenized = {}
     for split, raw in raw_datasets.items():
         limit = data_args.max_train_samples if split == "train" else data_args.max_val_samples
-        source = data_args.dataset_name or " ".join(getattr(data_args, f"{split}_file") or data_args.train_file or ())
+        source = data_args.dataset_name or getattr(data_args, f"{split}_file") or data_args.train_file
         if not len(raw):
             continue  # `check_samples` reports it.
-        with user_errors(f"the {split} data of {source}"):
+        with user_errors(f"the {split} data of {' '.join(file_names(source))}"):
             rows = encode_dataset(raw, encode, data_args, f"Tokenizing the {split} data")
         rows = rows.select(range(min(limit or len(rows), len(rows))))
         tokenized[split] = TokenizedDataset(rows, fixed_masks=split == "validation")
-        log_data(split, len(raw), rows, tokenizer)
+        log_data(split, f"{len(raw):,} texts", rows, tokenizer)
     return tokenized
 
 
 def tokenize_streams(streams, encode, data_args, training_args):
     """Return {"train": StreamedDataset, "validation": TokenizedDataset}; the validation data is held in memory.
 
-    If there is none, it is made from the first texts of the training data, as many as are needed.
+    If there is none, the first samples of the training data become it, as many as are needed.
     """
-    tokenized, num_texts = {}, 0
+    tokenized, used = {}, 0
     if "validation" in streams:
         shared = streams["validation"].split == "train"
-        wanted = data_args.max_val_samples or (STREAMED_VALIDATION if shared else None)
-        with user_errors("the validation data"):
-            rows, num_texts = first_rows(streams["validation"], encode, wanted)
-        if len(rows):
-            tokenized["validation"] = TokenizedDataset(rows, fixed_masks=True)
-            log_data("validation", num_texts, rows, encode.keywords["tokenizer"])
+        wanted = data_args.max_val_samples or (STREAMED_VALIDATION if shared else sys.maxsize)
+        read = [row for _, row in itertools.islice(read_rows(streams["validation"], encode), wanted)]
+        if read:
+            rows = pa.table({name: [row[name] for row in read] for name in read[0]})
+            tokenized["validation"] = TokenizedDataset(datasets.Dataset(rows), fixed_masks=True)
+            log_data("validation", "a stream", tokenized["validation"].dataset, encode.keywords["tokenizer"])
         if shared:
-            logger.info(f"The first {num_texts:,} texts of the stream are for validation and not for training.")
-        else:
-            num_texts = 0
+            logger.info(f"The first {len(read):,} samples of the stream are for validation and not for training.")
+            used = len(read)
     if "train" in streams:
-        raw = streams["train"].skip(num_texts) if num_texts else streams["train"]
-        block_size, limit = data_args.shuffle_buffer_size, data_args.max_train_samples
-        tokenized["train"] = StreamedDataset(raw, encode, block_size, limit, training_args)
+        tokenized["train"] = StreamedDataset(streams["train"], encode, data_args, training_args, used)
     return tokenized
 
 
-def first_rows(stream, encode, wanted):
-    """Return the first token rows of a stream (None: all), and the number of texts that they are made of."""
-    counter = itertools.count()
-    texts = (text_item(example.values()) for example, _ in zip(stream, counter))
-    most = ENCODE_BATCH if wanted is None else 1  # Taken one by one, so that no text is left unused.
+def read_rows(stream, encode, state=None, skip=0):
+    """Yield ({"raw": state, "skip": number}, row) for the token rows of a stream, from row `skip` after a state on.
 
-    def tables():
+    The state, in which the row has this number, is that before its batch of texts.
+    """
+    stream = copy.deepcopy(stream)
+    stream.load_state_dict(state)
+    texts = (text_item(example.values()) for example in stream)
+    with user_errors(f"the streamed {stream.split} data"):
         for first in texts:
-            yield from encode(itertools.chain([first], itertools.islice(texts, ENCODE_BATCH - 1)), most=most)
-
-    found, num_rows = [], 0
-    for table in tables():
-        found.append(table)
-        num_rows += len(table)
-        if wanted is not None and num_rows >= wanted:
-            break
-    rows = pa.concat_tables(found).slice(0, wanted).combine_chunks() if found else pa.table({"input_ids": []})
-    return datasets.Dataset(rows), next(counter)
+            tables = encode(itertools.chain([first], itertools.islice(texts, ENCODE_BATCH - 1)))
+            for number, row in enumerate(row for table in tables for row in table_rows(table)):
+                if skip > 0:
+                    skip -= 1
+                else:
+                    yield {"raw": state, "skip": number}, row
+            state = stream.state_dict()
 
 
-def log_data(split, num_texts, rows, tokenizer):
+def log_data(split, source, rows, tokenizer):
     """Log the size of a tokenized split and its share of unknown tokens."""
     ids = pc.list_flatten(rows.data.column("input_ids"))
     unknown = pc.sum(pc.equal(ids, pa.scalar(tokenizer.unk_token_id, ids.type))).as_py() or 0  # Null: it has none.
-    size = f"{num_texts:,} texts, {len(rows):,} samples, {len(ids):,} tokens"
+    size = f"{source}, {len(rows):,} samples, {len(ids):,} tokens"
     logger.info(f"{split}: {size} ({unknown / max(1, len(ids)):.2%} unknown)")
 
 
@@ -1233,13 +1192,9 @@ class TokenizedDataset:
     def __getitems__(self, keys):
         """Return the samples: {"input_ids": int [L], "epoch", "index", "progress", "labelled"}, and other columns."""
         keys = [key if isinstance(key, SampleKey) else SampleKey(int(key)) for key in keys]
-        table = self.dataset[[key.index for key in keys]]
-        columns = {name: table[name].combine_chunks() for name in table.column_names}
-        samples = []
-        for i, key in enumerate(keys):
-            sample = {name: array_value(column[i]) for name, column in columns.items()}
-            samples.append({**sample, **key._asdict(), "epoch": EVAL_EPOCH if self.fixed_masks else key.epoch})
-        return samples
+        rows = table_rows(self.dataset[[key.index for key in keys]])
+        epoch = {"epoch": EVAL_EPOCH} if self.fixed_masks else {}
+        return [{**row, **key._asdict(), **epoch} for row, key in zip(rows, keys)]
 
     def __getitem__(self, key):
         return self.__getitems__([key])[0]
@@ -1249,29 +1204,31 @@ class TokenizedDataset:
         """The number of tokens of each sample: int [N]."""
         return pc.list_value_length(self.dataset.data.column("input_ids")).to_numpy()
 
-    @property
-    def tokens_per_sample(self):
-        """The mean number of tokens of a sample."""
-        return self.lengths.mean()
 
-
-def array_value(scalar):
-    """Return an Arrow scalar as a Python value, a list as a NumPy array."""
-    return scalar.values.to_numpy() if isinstance(scalar, pa.ListScalar) else scalar.as_py()
+def table_rows(table):
+    """Yield the rows of an Arrow table as {column: value}; a list becomes a NumPy array."""
+    columns = {name: table[name].combine_chunks() for name in table.column_names}
+    for i in range(len(table)):
+        row = {name: column[i] for name, column in columns.items()}
+        yield {
+            name: value.values.to_numpy() if isinstance(value, pa.ListScalar) else value.as_py()
+            for name, value in row.items()
+        }
 
 
 class StreamedDataset:
-    """Samples that are tokenized while training reads them, pass after pass, shuffled in blocks of `block_size` rows.
+    """Samples that are tokenized while training reads them, pass after pass, shuffled in blocks.
 
     A sampler yields the samples themselves instead of keys, so `dataset[sample]` is the sample. Order and masks depend
     on (seed, pass, row) alone; `blocks` are the places in the text where the latest blocks begin, for checkpoints.
     """
 
-    def __init__(self, raw, encode, block_size, rows_per_pass, args):
-        self.raw, self.encode, self.args = raw, encode, args
-        self.block_size, self.rows_per_pass = block_size, rows_per_pass
-        self.start({"first": 0, "epoch": 0, "row": 0, "raw": None, "skip": 0})
+    def __init__(self, raw, encode, data_args, args, used=0):
+        self.raw, self.encode, self.data_args, self.args = raw, encode, data_args, args
+        self.beginning = {"row": 0, "raw": None, "skip": used}  # Of each pass.
+        self.start({"first": 0, "epoch": 0, **self.beginning})
         self.num_samples = self.num_tokens = 0  # Read so far.
+        self.lengths = np.zeros(1, int)  # Of the samples of the latest block.
 
     def __len__(self):
         return self.args.max_steps * self.args.global_batch_size
@@ -1283,43 +1240,22 @@ class StreamedDataset:
         """Begin to read at a block."""
         self.first_block, self.blocks = block, [block]
 
-    @property
-    def tokens_per_sample(self):
-        """The mean number of tokens of the samples read so far."""
-        return self.num_tokens / max(1, self.num_samples)
-
-    def rows(self, block):
-        """Yield (the place of a row in the text, the row) from the beginning of a block to the end of the pass."""
-        raw = copy.deepcopy(self.raw)
-        raw.load_state_dict(block["raw"])
-        before, skip = block["raw"], block["skip"]
-        texts = (text_item(example.values()) for example in raw)
-        with user_errors("the streamed training data"):
-            for first in texts:
-                number = 0
-                for table in self.encode(itertools.chain([first], itertools.islice(texts, ENCODE_BATCH - 1))):
-                    columns = {name: table[name].combine_chunks() for name in table.column_names}
-                    for i in range(max(0, skip - number), len(table)):
-                        row = {name: array_value(column[i]) for name, column in columns.items()}
-                        yield {"raw": before, "skip": number + i}, row
-                    number += len(table)
-                before, skip = raw.state_dict(), 0
-
     def samples(self, seed, first):
         """Yield the samples of the run from number `first` on, pass after pass without end."""
         block = self.first_block
         self.blocks = []
         while True:
-            stop = None if self.rows_per_pass is None else self.rows_per_pass - block["row"]
-            rows = itertools.islice(self.rows(block), stop)
-            while read := list(itertools.islice(rows, self.block_size)):
+            left = (self.data_args.max_train_samples or sys.maxsize) - block["row"]
+            rows = itertools.islice(read_rows(self.raw, self.encode, block["raw"], block["skip"]), left)
+            while read := list(itertools.islice(rows, self.data_args.shuffle_buffer_size)):
                 block = {"batch": self.args.global_batch_size, **block, **read[0][0]}
                 self.blocks.append(block)
-                lengths = np.array([len(row["input_ids"]) for _, row in read])
-                self.num_samples, self.num_tokens = self.num_samples + len(read), self.num_tokens + lengths.sum()
+                self.lengths = np.array([len(row["input_ids"]) for _, row in read])
+                self.num_samples += len(read)
+                self.num_tokens += self.lengths.sum()
                 order = sample_generator(seed, block["epoch"], ORDER_KEYS + block["row"]).permutation(len(read))
                 if self.args.group_by_length:
-                    order = group_by_length(order, lengths, block["batch"])
+                    order = group_by_length(order, self.lengths, block["batch"])
                 for place in range(max(0, first - block["first"]), len(read)):
                     key = {"epoch": block["epoch"], "index": block["row"] + int(order[place])}
                     yield {**key, **read[order[place]][1]}
@@ -1328,7 +1264,7 @@ class StreamedDataset:
             if not block["row"]:
                 remedies = "give more text, or lower --max_seq_length, or --max_val_samples"
                 raise UserError(f"the train data holds no sample: {remedies}")
-            block = {**block, "epoch": block["epoch"] + 1, "row": 0, "raw": None, "skip": 0}
+            block = {**block, "epoch": block["epoch"] + 1, **self.beginning}
 
     def block_at(self, number):
         """Return the place of the block that holds sample `number`, and forget the blocks before it."""
@@ -1377,17 +1313,14 @@ class RunPlan:
         """Optimizer steps of one pass over the training data."""
         return self.steps_left(Position(self.start.epoch + 1, 0, self.batch_size))
 
-    def epoch_size(self, position):
-        """Samples of an epoch; with `drop_last_step`, without those of its incomplete last step."""
+    def steps_left(self, position):
+        """Optimizer steps from a position to the end of its epoch; with `drop_last_step`, complete ones alone."""
         if self.is_stream:
             return sys.maxsize
-        size = position.batch_size if self.args.drop_last_step else 1
-        return len(self.dataset) // size * size
-
-    def steps_left(self, position):
-        """Optimizer steps from a position to the end of its epoch."""
-        steps = max(0, self.epoch_size(position) - position.sample) / self.batch_size
-        return math.floor(steps) if self.args.drop_last_step else math.ceil(steps)
+        if not self.args.drop_last_step:
+            return max(0, math.ceil((len(self.dataset) - position.sample) / self.batch_size))
+        size = len(self.dataset) // position.batch_size * position.batch_size
+        return max(0, (size - position.sample) // self.batch_size)
 
     def position(self, step):
         """Return the position after a step; at the end of an epoch, that is the beginning of the next one."""
@@ -1399,13 +1332,10 @@ class RunPlan:
 
     def num_samples(self, step):
         """Return how many samples this command has trained on after a step; an incomplete step has fewer."""
+        if self.is_stream or self.args.drop_last_step:  # All steps are complete.
+            return (step - self.first_step) * self.batch_size
         position = self.position(step)
-        if position.epoch == self.start.epoch:
-            return position.sample - self.start.sample
-        epochs = position.epoch - self.start.epoch - 1
-        left = max(0, self.epoch_size(self.start) - self.start.sample)
-        first = min(left, self.steps_left(self.start) * self.batch_size)
-        return first + epochs * self.epoch_size(position) + position.sample
+        return (position.epoch - self.start.epoch) * len(self.dataset) + position.sample - self.start.sample
 
     def epoch(self, step):
         """Return the passes over the training data after a step; for a stream, the share of the run that is done."""
@@ -1595,7 +1525,12 @@ def add_new_tokens(tokenizer, path):
         lines = read_lines(path)
     if getattr(tokenizer, "do_lower_case", False):
         lines = [line.lower() for line in lines]
-    tokens = [token for token in dict.fromkeys(map(str.strip, lines)) if token]
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    spellings = {}
+    for token in filter(None, map(str.strip, lines)):
+        # Spellings that the tokenizer makes one, as "Café" and "cafe" without accents, are one token.
+        spellings.setdefault(normalizer.normalize_str(token) if normalizer else token, token)
+    tokens = list(spellings.values())
     if not tokens:
         raise UserError(f"--new_tokens {path}: holds no token")
     pieces, vocabulary, last_id = {}, tokenizer.get_vocab(), max(tokenizer.get_vocab().values())
@@ -3163,7 +3098,7 @@ def log_losses(run, grad_norm, schedule):
     samples, seconds = run.plan.num_samples(run.step) - run.plan.num_samples(step), time.perf_counter() - start
     logs = {"loss": run.losses.report(), "grad_norm": float(grad_norm[0])}
     logs["learning_rate"] = float(schedule(run.step - 1))
-    logs["tokens_per_second"] = round(run.tokenized["train"].tokens_per_sample * samples / seconds)
+    logs["tokens_per_second"] = round(run.tokenized["train"].lengths.mean() * samples / seconds)
     run.log(logs, seconds / max(1, run.step - step))
     run.timer = run.step, time.perf_counter()
 
@@ -3350,7 +3285,7 @@ def public_name(value):
 
 def public_files(names):
     """Return the public names of files, or of one data set, as one text."""
-    return " ".join(map(public_name, names if isinstance(names, list) else [names]))
+    return " ".join(map(public_name, file_names(names)))
 
 
 def published_files(tokenizer):
@@ -3364,7 +3299,7 @@ def is_local(name):
 
 
 # ---- 7. Main --------------------------------------------------------------------------------------------------------
-@exit_on_user_error
+@exit_on_user_error()
 def main(argv=None):
     """Run what the arguments ask for and return all metrics."""
     set_client_factory(hub_client)
@@ -3386,7 +3321,7 @@ def main(argv=None):
         check_samples(tokenized, training_args)
         log_new_tokens(new_tokens, tokenized.get("train"))
         if not (training_args.do_train or training_args.do_eval):
-            logger.info("The data is tokenized and cached. Give --do_train or --do_eval to use it.")
+            logger.info("The data, unless streamed, is tokenized and cached. Give --do_train or --do_eval to use it.")
             return {}
 
         model, params = load_model(model_args, config, tokenizer, training_args, new_tokens, checkpoint)

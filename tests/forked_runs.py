@@ -24,6 +24,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 # ---- 1. Processes ---------------------------------------------------------------------------------------------------
+# Texts of some thousand characters are long ones, and a table of a stream holds few texts.
+SHORT_CALLS = {"CALL_LENGTH": 1500, "OVERLAP": 600, "SAME_TOKENS": 20}
+
+
 class Process:
     """A forked child that runs the `main` of an imported script, in a session of its own.
 
@@ -61,6 +65,7 @@ class Process:
             faulthandler.enable(sys.__stderr__)
             os.environ.update(environment)
             note_samples(script, self.samples)
+            vars(script).update(SHORT_CALLS)
             script.main(arguments)
             status = 0
         except SystemExit as error:

@@ -34,6 +34,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from conftest import INSTALLED, ROOT, SCRIPTS, flags, make_model, pytest_unconfigure, read_json, sentences, write_lines
 from forked_runs import (
     SIGNALS,
@@ -201,6 +203,9 @@ def write_texts(path, texts):
         return write_lines(path, [json.dumps({"number": i, "text": text}) for i, text in enumerate(texts)])
     if path.suffix == ".csv":
         return write_lines(path, ["number,text", *(f'{i},"{text}"' for i, text in enumerate(texts))])
+    if path.suffix == ".parquet":
+        pq.write_table(pa.table({"number": range(len(texts)), "text": texts}), path, row_group_size=25)
+        return str(path)
     return write_lines(path, texts)
 
 
@@ -221,8 +226,11 @@ class Case:
         settings = draw(self.rng, self.script, self.kind)
         texts = sentences(self.rng.choice((110, 1100, 2500) if self.kind == "repeat" else (60, 110)), seed=number)
         texts[7] = texts[40] = ""
+        files_rng = random.Random(f"format {self.name}")  # Of its own, so that the settings of a case stay the same.
+        extension = files_rng.choice(("txt", "csv", "jsonl", "parquet"))
+        if files_rng.random() < 0.3:  # A long document: encoded in parts, as `SHORT_CALLS` says.
+            texts[11] = " ".join(sentences(files_rng.choice((60, 200)), seed=number + 2))
         parts = {"train": texts} if self.rng.random() < 0.8 else {"a": texts[:30], "b": texts[30:]}
-        extension = random.Random(f"format {self.name}").choice(("txt", "txt", "csv", "jsonl"))
         files = {"train_file": [write_texts(self.folder / f"{name}.{extension}", parts[name]) for name in parts]}
         if settings.get("new_tokens"):
             settings["new_tokens"] = write_lines(self.folder / "new_tokens.txt", ["bakes bread", "harbours", "zebra"])

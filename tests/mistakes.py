@@ -166,7 +166,8 @@ def parse(script, line):
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors), mock.patch.dict(os.environ):
         try:
-            script.exit_on_user_error(script.parse_args)(line)
+            with script.exit_on_user_error():
+                script.parse_args(line)
         except SystemExit as error:
             return error.code, errors.getvalue()
         except Exception:

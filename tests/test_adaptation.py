@@ -193,6 +193,20 @@ def test_the_share_falls_from_the_first_step_to_the_last_one(script, tmp_path, d
     assert [max(progress) for progress in steps] == pytest.approx(np.linspace(0, 1, len(steps)))
 
 
+def test_spellings_that_an_uncased_tokenizer_makes_one_are_one_token(script, tmp_path, caplog):
+    caplog.set_level("INFO")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(make_folder(tmp_path / "model", "wordpiece"))
+    before = len(tokenizer)
+    words = ["Caf\u00e9", "cafe", "B\u00e4cker", "CAF\u00c9", "\u00e4 bat", "a bat"]
+    pieces = [tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("cafe", "backer", "a bat")]
+    new = script.add_new_tokens(tokenizer, write_lines(tmp_path / "new.txt", words))
+    assert new == dict(zip(range(before, before + 3), pieces))
+    assert len(tokenizer) == before + 3
+    assert "new tokens: 3 added" in caplog.text
+    for word in words:
+        assert len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1
+
+
 def test_a_slow_tokenizer_that_lowercases(script, tmp_path):
     folder = make_folder(tmp_path / "model", "wordpiece")
     assert not make_slow_tokenizer(folder).is_fast

@@ -122,6 +122,15 @@ def test_documented_flags_have_their_defaults(script):
     assert {name: settings[name] for name in documented} == {name: default for name, (_, default) in documented.items()}
 
 
+@pytest.mark.parametrize("name", ["train_file", "validation_file"])
+def test_one_file_is_a_string_and_several_are_a_list(script, write_config, name):
+    for given in ("a.txt", ["a.txt", "b.txt"]):
+        argv = [f"--{name}", *([given] if isinstance(given, str) else given)]
+        assert parse(script, argv)[name] == given
+        assert parse(script, script.json_flags(write_config({name: given})))[name] == given
+    assert parse(script, script.json_flags(write_config({name: ["a.txt"]})))[name] == "a.txt"
+
+
 def test_documented_flags_have_their_types(script):
     for name, (kind, default) in {**SHARED, **ONE[script.__name__]}.items():
         if kind is bool:
@@ -132,8 +141,6 @@ def test_documented_flags_have_their_types(script):
                 assert parse(script, [f"--no_{name}"])[name] is False, name
         else:
             text, value = EXAMPLES[kind]
-            if name in ("train_file", "validation_file"):  # Several files are allowed too.
-                kind, value = list, [value]
             parsed = parse(script, [f"--{name}", text])[name]
             assert parsed == value, name
             assert type(parsed) is kind or name == "warmup_steps", name  # In Transformers 5 also a share.

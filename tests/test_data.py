@@ -613,7 +613,7 @@ def test_several_files_and_globs_are_read_in_their_order(script, tmp_path):
     config.write_text(json.dumps(settings))
     assert script.parse_args([str(config)])[1].train_file == names
     config.write_text(json.dumps({**settings, "train_file": names[0]}))
-    assert script.parse_args([str(config)])[1].train_file == names[:1]
+    assert script.parse_args([str(config)])[1].train_file == names[0]
     with pytest.raises(script.UserError, match=r"--train_file .*missing"):
         read(script, names[0], tmp_path / "missing-*.txt")
 

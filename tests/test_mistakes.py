@@ -15,7 +15,7 @@ FLAGS = {
 }
 # Functions that libraries call, or that run where errors of libraries are reported in a line.
 CALLED = {
-    "run_mlm": "TrainingArguments.__post_init__ read_texts encode_batch encode_texts StreamedDataset.rows "
+    "run_mlm": "TrainingArguments.__post_init__ read_texts encode_batch encode_texts read_rows "
     "fill_new_rows SparseHead.select MaskedLMCollator.__call__",
     "run_mlm_flax": "TrainingArguments.__post_init__ create_schedule encode_batch save_checkpoint",
 }

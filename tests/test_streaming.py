@@ -1,6 +1,5 @@
 """A stream gives the samples that the cached data set gives, in an order that a resumed run continues."""
 
-import bisect
 import copy
 import gzip
 import importlib
@@ -28,7 +27,7 @@ from conftest import (
     weights,
     write_lines,
 )
-from test_data import batched_rows, joined_rows, plain_rows
+from test_data import batched_rows, plain_rows
 
 import run_mlm
 
@@ -293,30 +292,16 @@ def test_validation_is_taken_from_the_beginning(script, tokenizer, tmp_path, cap
     lines = [line for i, line in enumerate(sentences(1500)) for line in ([line, "", " "] if i % 5 == 0 else [line])]
     given = ["--train_file", write_lines(tmp_path / "train.txt", lines)]
     settings = {"streaming": True, "line_by_line": line_by_line, "shuffle_buffer_size": 10, "do_eval": True}
+    rows = plain_rows(tokenizer, lines) if line_by_line == "true" else batched_rows(tokenizer, lines, 7)
     for limit in (None, 30):
         more = {} if limit is None else {"max_val_samples": limit}
         tokenized, wanted = tokenize(script, tokenizer, given, **settings, **more), limit or 1000
-        if line_by_line == "true":
-            rows = plain_rows(tokenizer, lines)
-            place = [i for i, line in enumerate(lines, 1) if line.strip()][wanted - 1]
-        else:  # Joined seven texts at a time, and the training text from the next one on.
-            counts = [0]
-            for n in range(0, len(lines), 7):
-                counts.append(counts[-1] + len(joined_rows(tokenizer, lines[n : n + 7])))
-            first = 7 * (bisect.bisect_left(counts, wanted) - 1)
-            row_counts = (
-                counts[first // 7] + len(joined_rows(tokenizer, lines[first:n])) for n in range(first, first + 8)
-            )
-            place = first + next(n for n, count in enumerate(row_counts) if count >= wanted)
-            rows = batched_rows(tokenizer, lines[:place], 7)
         validation = tokenized["validation"]
         assert [validation[i]["input_ids"].tolist() for i in range(len(validation))] == rows[:wanted]
         assert all(validation[i]["epoch"] == script.EVAL_EPOCH for i in range(len(validation)))
-        assert f"The first {place:,} texts of the stream are for validation" in caplog.text
-        whole = ["--train_file", write_lines(tmp_path / "rest.txt", lines[place:])]
-        rest = tokenize(script, tokenizer, whole, **{**settings, "do_eval": "false"})
-        assert set(rest) == {"train"}
-        assert take(tokenized["train"], 100) == take(rest["train"], 100)
+        assert f"The first {wanted:,} samples of the stream are for validation" in caplog.text
+        rest, samples = rows[wanted:], sorted(take(tokenized["train"], 2 * (len(rows) - wanted)))
+        assert [sample[:3] for sample in samples] == [(epoch, *item) for epoch in (0, 1) for item in enumerate(rest)]
 
 
 @pytest.mark.shared
