@@ -293,7 +293,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.report_to = self.report_to or ["tensorboard"]  # The Trainer would report nowhere.
         if (self.metric_for_best_model or "").endswith("perplexity") and self.greater_is_better is None:
             self.greater_is_better = False  # To the Trainer, a metric is a score unless it ends in "loss".
-        self.old_run, self.named_checkpoints = [], []  # Set by `note_old_run`.
+        self.old_run, self.named_checkpoints = [], []  # Set by `find_checkpoint`.
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir  # The Trainer would make one up.
@@ -1306,11 +1306,10 @@ class StreamedDataset:
                 raise UserError(f"the train data holds no sample: {remedies}")
             block = {**block, "epoch": block["epoch"] + 1, "row": 0, "raw": None, "skip": 0}
 
-    def block_at(self, number):
-        """Return the place of the block that holds sample `number`, and forget the blocks before it."""
+    def forget_blocks_before(self, number):
+        """Forget the blocks before the one that holds sample `number`, which is then the first of `blocks`."""
         while len(self.blocks) > 1 and self.blocks[1]["first"] <= number:
             self.blocks.pop(0)
-        return self.blocks[0]
 
 
 def group_by_length(order, lengths, batch_size):
@@ -2098,7 +2097,7 @@ class MaskedLMTrainer(Trainer):
         self.unread.append((self.state.global_step, HostCopy(sums)))
         self.read_steps(all_but=1)
         if self.plan.is_stream:
-            self.train_dataset.block_at(self.plan.position(self.state.global_step).sample)  # Forgets the blocks before.
+            self.train_dataset.forget_blocks_before(self.plan.position(self.state.global_step).sample)
 
     def read_steps(self, all_but=0):
         """Add the losses of the unread steps, all but the last `all_but`; waits until those steps are done."""
@@ -2238,29 +2237,36 @@ def list_checkpoints(folder):
 
 
 def find_checkpoint(model_args, data_args, training_args):
-    """Return (step, path) of the checkpoint to resume from, or (0, None) to start a new run.
+    """Return the checkpoint to resume from, or None to start a new run, and note what the run may delete.
 
-    Raises `UserError` if the run would overwrite or delete what is not its own.
+    Sets `old_run`, the paths that the run replaces, and `named_checkpoints`, the checkpoints that flags name. Raises
+    `UserError` if the run would overwrite or delete what is not its own, or what a flag reads.
     """
-    folder, named = training_args.output_dir, training_args.resume_from_checkpoint
-    check_results(model_args, training_args)
-    if not training_args.do_train:
-        return 0, None
-    own = [] if training_args.overwrite_output_dir else list_checkpoints(folder)
-    start = own[-1] if own else (0, None)
+    args, folder, named = training_args, training_args.output_dir, training_args.resume_from_checkpoint
+    check_results(model_args, args)
+    if not args.do_train:
+        return None
+    own = [] if args.overwrite_output_dir else list_checkpoints(folder)
+    step, checkpoint = own[-1] if own else (0, None)
     if named and named.lower() != "true":
         state = read_state(named)
         if not state or not has_optimizer(named):
             raise UserError(f"--resume_from_checkpoint {named}: no complete checkpoint of this script is there")
-        if own and not os.path.samefile(own[-1][1], named):
-            cause = f"--output_dir {folder} continues from its newest checkpoint, {own[-1][1]}"
+        if own and not os.path.samefile(checkpoint, named):
+            cause = f"--output_dir {folder} continues from its newest checkpoint, {checkpoint}"
             raise UserError(f"--resume_from_checkpoint {named}: {cause}; omit this flag, or use another folder")
-        start = state["global_step"], os.path.abspath(named)
-    if 0 < training_args.max_steps < start[0]:
-        raise UserError(f"{start[1]} is already past --max_steps {training_args.max_steps}")
-    check_output_dir(training_args, own)
-    note_old_run(start[1], own, model_args, data_args, training_args)
-    return start
+        step, checkpoint = state["global_step"], os.path.abspath(named)
+    if 0 < args.max_steps < step:
+        raise UserError(f"{checkpoint} is already past --max_steps {args.max_steps}")
+    check_output_dir(args, own)
+    flags = flag_paths((model_args, data_args, args))
+    args.old_run = find_old_run(folder, checkpoint, own)
+    args.named_checkpoints = [path for path in checkpoint_folders(folder) if os.path.realpath(path) in flags]
+    for path in args.old_run:
+        if flag := flags.get(os.path.realpath(path)):
+            cause = f"the run would delete {path}, which --{flag} reads"
+            raise UserError(f"--output_dir {folder}: {cause}; use another folder")
+    return checkpoint
 
 
 def check_results(model_args, args):
@@ -2287,25 +2293,17 @@ def check_output_dir(args, own):
         raise UserError(f"--output_dir {folder} is not empty; use another folder or --overwrite_output_dir")
 
 
-def note_old_run(checkpoint, own, *groups):
-    """Set `old_run`, the paths that the run replaces, and `named_checkpoints`, the checkpoints that flags name.
-
-    Raises `UserError` if a flag reads something that would be deleted.
-    """
-    args, folder = groups[-1], groups[-1].output_dir
-    folders, flags = checkpoint_folders(folder), flag_paths(groups)
-    args.old_run = [path for name in (*RESULTS, "arguments.json") if os.path.isfile(path := os.path.join(folder, name))]
-    if not own:
-        for charts in ("logs", "runs", "runs/*"):
-            args.old_run += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
-        kept = needed_checkpoints(checkpoint) if checkpoint else set()
-        replaced = [path for path, state in folders.items() if state is not False]
-        args.old_run += [path for path in replaced if os.path.realpath(path) not in kept]
-    for path in args.old_run:
-        if flag := flags.get(os.path.realpath(path)):
-            cause = f"the run would delete {path}, which --{flag} reads"
-            raise UserError(f"--output_dir {folder}: {cause}; use another folder")
-    args.named_checkpoints = [path for path in folders if os.path.realpath(path) in flags]
+def find_old_run(folder, checkpoint, own):
+    """Return the paths in a folder that a run replaces: the results and, unless it continues there, all of a run."""
+    paths = [os.path.join(folder, name) for name in (*RESULTS, "arguments.json")]
+    found = [path for path in paths if os.path.isfile(path)]
+    if own:
+        return found
+    for charts in ("logs", "runs", "runs/*"):
+        found += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
+    kept = needed_checkpoints(checkpoint) if checkpoint else set()
+    replaced = [path for path, state in checkpoint_folders(folder).items() if state is not False]
+    return found + [path for path in replaced if os.path.realpath(path) not in kept]
 
 
 def flag_paths(groups):
@@ -2344,8 +2342,8 @@ def follow_umask(folder):
         shutil.copymode(os.path.join(folder, "config.json"), path)
 
 
-def keep_results(args, metrics):
-    """Return the results of the training; if an earlier command has finished it, those that it saved."""
+def training_results(args, metrics):
+    """Return the results of the training: the saved ones if an earlier command has finished it, or else `metrics`."""
     path = os.path.join(args.output_dir, "train_results.json")
     return read_json_object(path) if args.writes_results and os.path.exists(path) else metrics
 
@@ -2521,6 +2519,12 @@ class LossSums:
         return (self.reported + self.since_report) / max(1, self.steps_reported + self.steps_since_report)
 
 
+def masking_settings(data_args, training_args):
+    """Return the arguments of the masking collator: the masking flags, which have the names of its fields."""
+    names = [item.name for item in fields(MaskingCollator) if hasattr(data_args, item.name)]
+    return {"seed": training_args.seed, **{name: getattr(data_args, name) for name in names}}
+
+
 def run_settings(data_args, training_args, max_seq_length, dataset):
     """Return the settings that order and masks of the samples depend on, for a checkpoint."""
     settings = {name: getattr(data_args, name) for name in ("line_by_line", "streaming", "whole_word_mask")}
@@ -2532,17 +2536,15 @@ def run_settings(data_args, training_args, max_seq_length, dataset):
 
 def run_state(plan, losses, settings, step):
     """Return what a checkpoint after a step holds besides model and optimizer."""
-    position = plan.position(step)
-    block = plan.dataset.block_at(position.sample) if plan.is_stream else None
-    return {"position": position, "block": block, "losses": asdict(losses), "settings": settings}
+    block = plan.dataset.blocks[0] if plan.is_stream else None
+    return {"position": plan.position(step), "block": block, "losses": asdict(losses), "settings": settings}
 
 
 def resume_run(dataset, args, settings, checkpoint):
     """Return (`RunPlan`, `LossSums`) of a new run, or of one that continues from a checkpoint."""
     if checkpoint is None:
         return RunPlan(dataset, args), LossSums()
-    with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-        state = json.load(file)
+    state = read_state(checkpoint)
     run = (state.get("stateful_callbacks") or {}).get("run") or {}  # Earlier versions did not write it.
     if isinstance(dataset, StreamedDataset) and run.get("block"):
         dataset.start(run["block"])
@@ -2555,11 +2557,9 @@ def resume_run(dataset, args, settings, checkpoint):
 
 def build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
     """Return the `Trainer`."""
-    settings = {name: getattr(data_args, name) for name in MaskingCollator.__annotations__ if hasattr(data_args, name)}
     collator = MaskedLMCollator(
         tokenizer,
-        **settings,
-        seed=training_args.seed,
+        **masking_settings(data_args, training_args),
         pad_to_multiple_of=8 if training_args.fp16 else None,
         length=max_seq_length if data_args.pad_to_max_length else 0,
         max_seq_length=max_seq_length,
@@ -2617,7 +2617,7 @@ def train(trainer, checkpoint, signals):
             trainer.save_model(_internal_call=True)  # Without an upload: `publish` does that.
         if received := callback.received():
             signals.stop(received, " after the last step; the model is saved")
-    metrics = keep_results(args, {**metrics, "train_samples": len(trainer.train_dataset)})
+    metrics = training_results(args, {**metrics, "train_samples": len(trainer.train_dataset)})
     last = trainer.state.log_history[-1]
     last.update({name: metrics[name] for name in last if name in metrics})
     trainer.log_metrics("train", metrics)
@@ -2660,9 +2660,7 @@ def show_predictions(trainer):
 def publish(trainer, groups, metrics):
     """Write the model card and, with `--push_to_hub`, upload the model, its card and the results."""
     if trainer.args.should_save:
-        tokenized = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
-        tokenized = {split: data for split, data in tokenized.items() if data is not None}
-        write_card(trainer.settings, groups, tokenized, trainer.state.log_history, metrics)
+        write_card(trainer, groups, trainer.state.log_history, metrics)
     if trainer.args.push_to_hub:
         with user_errors(f"--push_to_hub failed; the model is saved in {trainer.args.output_dir}"):
             trainer.push_to_hub()
@@ -2714,47 +2712,27 @@ def hub_client():
     return client
 
 
-def write_card(order_settings, groups, tokenized, history, metrics):
+def write_card(trainer, groups, history, metrics):
     """Write the model card and `arguments.json`, which repeats the run if it is the first argument of the script.
 
     The card is public: it names no folder of this machine. `history` is the log history.
     """
     model_args, data_args, args = groups
-    base, dataset, script = model_args.model_name_or_path, data_args.dataset_name, Path(__file__).name
+    base, script = model_args.model_name_or_path, Path(__file__).name
     name = os.path.basename(os.path.abspath(args.hub_model_id or args.output_dir))
-    source = public_files(dataset or data_args.validation_file or data_args.train_file)
-    results = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
-    found = {kind: metrics[key] for kind, key in results.items() if math.isfinite(metrics.get(key, math.inf))}
-    card = ModelCardData(
-        model_name=name,
-        library_name="transformers",
-        pipeline_tag="fill-mask",
-        tags=["masked-language-modeling"],
-        base_model=None if is_local(base or "") else base,
-        datasets=None if is_local(dataset or "") else dataset,
-        eval_results=[EvalResult("fill-mask", source, source, kind, value) for kind, value in found.items()] or None,
-    )
     origin = f"It started from {public_name(base)}" if base else "It started with random weights"
-    files = {"train": data_args.train_file, "validation": data_args.validation_file or data_args.train_file}
-    sizes = [
-        f"- {split}: {public_files(dataset or files[split])}, {describe_split(tokenized[split])}" for split in tokenized
-    ]
-    keys = "mlm_probability mask_replace_prob random_replace_prob learning_rate lr_scheduler_type weight_decay".split()
-    settings = {key: getattr(data_args, key, getattr(args, key, None)) for key in keys}
-    settings["lr_scheduler_type"] = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    settings |= {**order_settings, "global_batch_size": args.global_batch_size, "steps": history[-1]["step"]}
-    evaluated = [entry for entry in history if "eval_loss" in entry]
-    evaluations = [[entry["step"], *(entry.get(f"eval_{kind}", "") for kind in results)] for entry in evaluated]
-    words = ["python", script]
-    for key, value in args.given.items():
-        words += [f"--{key}", *map(public_name, value if isinstance(value, list) else [value])]
+    keys = "eval_loss", "eval_accuracy", "perplexity"
+    known = [key for key in keys if key in metrics and math.isfinite(metrics[key])]
+    results = {key.removeprefix("eval_"): metrics[key] for key in known}
+    evaluations = [[entry["step"], *(entry.get(key, "") for key in keys)] for entry in history if "eval_loss" in entry]
     sections = [
-        f"---\n{card.to_yaml()}\n---\n\n# {name}\n\nA masked language model, trained with `{script}`. {origin}.",
-        "\n".join(f"- {kind}: {value:.4g}" for kind, value in found.items()),
-        "## Data\n\n" + "\n".join(sizes),
-        "## Settings\n\n" + table(["setting", "value"], settings.items()),
-        "## Evaluations\n\n" + table(["step", *results], evaluations) if evaluations else "",
-        f"## Command\n\n    {shlex.join(words)}",
+        f"---\n{card_metadata(name, groups, results)}\n---",
+        f"# {name}\n\nA masked language model, trained with `{script}`. {origin}.",
+        "\n".join(f"- {kind}: {value:.4g}" for kind, value in results.items()),
+        "## Data\n\n" + describe_data(trainer, data_args),
+        "## Settings\n\n" + table(["setting", "value"], card_settings(trainer, groups, history[-1]["step"])),
+        "## Evaluations\n\n" + table(["step", *keys], evaluations) if evaluations else "",
+        f"## Command\n\n    {command_line(script, args.given)}",
     ]
     with write_errors(args.output_dir, "the model card"):
         with open(os.path.join(args.output_dir, "arguments.json"), "w", encoding="utf-8") as file:
@@ -2763,18 +2741,62 @@ def write_card(order_settings, groups, tokenized, history, metrics):
             file.write("\n\n".join(filter(None, sections)) + "\n")
 
 
+def card_metadata(name, groups, results):
+    """Return what the hub reads of a card, as YAML; `results` are the evaluation's, by the hub's names."""
+    base, dataset = groups[0].model_name_or_path, groups[1].dataset_name
+    source = public_files(dataset or groups[1].validation_file or groups[1].train_file)
+    found = [EvalResult("fill-mask", source, source, kind, value) for kind, value in results.items()]
+    card = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag="fill-mask",
+        tags=["masked-language-modeling"],
+        base_model=None if is_local(base or "") else base,
+        datasets=None if is_local(dataset or "") else dataset,
+        eval_results=found or None,
+    )
+    return card.to_yaml()
+
+
+def describe_data(trainer, data_args):
+    """Return a line about the text of each split: where it is from, and how much it is."""
+    lines = []
+    for split, dataset in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+        source = data_args.dataset_name or getattr(data_args, f"{split}_file") or data_args.train_file
+        if isinstance(dataset, StreamedDataset):
+            size = f"a stream, of which {dataset.num_samples:,} samples with {dataset.num_tokens:,} tokens were read"
+        elif dataset:
+            size = f"{len(dataset):,} samples, {dataset.lengths.sum():,} tokens"
+        else:
+            continue
+        lines.append(f"- {split}: {public_files(source)}, {size}")
+    return "\n".join(lines)
+
+
+def card_settings(trainer, groups, num_steps):
+    """Return [(setting, value)]: what changes the result of a run, whether or not a flag was given for it."""
+    _, data_args, args = groups
+    masking = ("mlm_probability", "mask_replace_prob", "random_replace_prob")
+    settings = {name: getattr(data_args, name) for name in masking}
+    settings |= {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
+    settings["lr_scheduler_type"] = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
+    settings |= {**trainer.settings, "global_batch_size": args.global_batch_size, "steps": num_steps}
+    return settings.items()
+
+
+def command_line(script, given):
+    """Return the command of the run, without folders of this machine."""
+    words = ["python", script]
+    for name, value in given.items():
+        words += [f"--{name}", *map(public_name, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
 def table(names, rows):
     """Return a Markdown table."""
     lines = [names, ["---"] * len(names), *rows]
     cells = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
-def describe_split(dataset):
-    """Return the size of a split in words."""
-    if isinstance(dataset, StreamedDataset):
-        return f"a stream, of which {dataset.num_samples:,} samples with {dataset.num_tokens:,} tokens were read"
-    return f"{len(dataset):,} samples, {dataset.lengths.sum():,} tokens"
 
 
 def public_name(value):
@@ -2812,7 +2834,7 @@ def main(argv=None):
         output_lock(training_args),
         logging_redirect_tqdm(),
     ):
-        _, checkpoint = find_checkpoint(model_args, data_args, training_args)
+        checkpoint = find_checkpoint(model_args, data_args, training_args)
         tokenizer = load_tokenizer(model_args)
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)
         config = load_config(model_args, tokenizer)
