@@ -1983,8 +1983,9 @@ class MaskedLMTrainer(Trainer):
             self.read_steps()
             logs["train_loss"] = self.losses.mean()
         elif self.args.disable_tqdm and self.args.should_log and self.state.max_steps:
-            log_report(logs, self.state.global_step, self.state.max_steps, seconds_per_step)
+            log_report(result_names(logs), self.state.global_step, self.state.max_steps, seconds_per_step)
         super().log(logs, *args, **kwargs)
+        self.state.log_history[-1] = result_names(self.state.log_history[-1])
 
     def create_accelerator_and_postprocess(self):
         """Set up Accelerate; raises `UserError` for what this machine cannot do."""
@@ -2178,6 +2179,11 @@ def masked_lm_metrics(prediction):
     """Return {"loss", "accuracy", "perplexity"} from the sums of `prediction_step`."""
     loss, hits = prediction.predictions.sum(axis=0, dtype=np.float64)
     return mean_metrics(loss, hits, prediction.label_ids.sum())
+
+
+def result_names(metrics):
+    """Return metrics with the documented name of the perplexity; the Trainer puts "eval_" before every name."""
+    return {name.replace("eval_perplexity", "perplexity"): value for name, value in metrics.items()}
 
 
 def mean_metrics(loss, hits, count):
@@ -2628,10 +2634,9 @@ def train(trainer, checkpoint, signals):
 
 def evaluate(trainer):
     """Evaluate on all validation samples and return the metrics."""
-    metrics = trainer.evaluate()
+    metrics = result_names(trainer.evaluate())
     for name in ("eval_model_preparation_time",) if trainer.args.do_train else ("eval_model_preparation_time", "epoch"):
         metrics.pop(name, None)  # Only without a training before; the Trainer calls that epoch 0.
-    metrics["perplexity"] = metrics.pop("eval_perplexity")
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)

@@ -2969,8 +2969,8 @@ class MaskedLMTrainer:
             elif self.plan and "train_loss" not in logs:
                 log_report(logs, self.step, self.plan.num_steps, seconds_per_step)
             for name, value in logs.items():
-                tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-                self.writer.scalar(tag, value, self.step)
+                chart = "eval" if name.startswith("eval_") or name == "perplexity" else "train"
+                self.writer.scalar(f"{chart}/{name.removeprefix('eval_')}", value, self.step)
 
     def progress_bar(self, items, name, **settings):
         """Return the items, with a progress bar in the main process unless `--disable_tqdm`."""
@@ -3152,11 +3152,10 @@ class MaskedLMTrainer:
         parts = jax.device_get(parts)
         sums = {name: sum(np.sum(part[name], dtype=np.float64) for part in parts) for name in parts[0]}
         metrics = mean_metrics(sums["loss"], sums["accuracy"], sums["normalizer"])
-        metrics = {f"eval_{name}": value for name, value in metrics.items()}
+        metrics = {name if name == "perplexity" else f"eval_{name}": value for name, value in metrics.items()}
         metrics |= speed_metrics("eval", start, len(dataset), len(batches))
         self.log(metrics)
         self.timer = self.step, time.perf_counter()
-        metrics["perplexity"] = metrics.pop("eval_perplexity")
         return {**metrics, **self.epoch, "eval_samples": len(dataset)}
 
     def save_model(self, folder):

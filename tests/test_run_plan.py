@@ -211,8 +211,9 @@ def test_changed_settings_of_a_resume_are_named(script, model_folder, text_files
 
 
 @pytest.mark.pytorch
-def test_the_lowest_perplexity_is_the_best(model_folder, text_files, tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "perplexity"}
+@pytest.mark.parametrize("name", ["perplexity", "eval_perplexity"])
+def test_the_lowest_perplexity_is_the_best(model_folder, text_files, tmp_path, name):
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": name}
     settings |= {"load_best_model_at_end": True}
     run_mlm.main(training_flags(model_folder, text_files, tmp_path / "output", **settings))
     losses = evaluations(tmp_path / "output").values()
