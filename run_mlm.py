@@ -324,6 +324,10 @@ class TrainingArguments(transformers.TrainingArguments):
             (known, f"--metric_for_best_model {best} is not one of {', '.join(metrics)}"),
             (self.do_eval or not self.eval_on_start, "--eval_on_start needs --do_eval"),
             (workers or not self.dataloader_persistent_workers, "--dataloader_persistent_workers has no workers"),
+            (
+                not self.accelerator_config.split_batches,
+                "--accelerator_config split_batches does not work here; give the batch size of one device",
+            ),
         ]
         for holds, message in requirements:
             if not holds:

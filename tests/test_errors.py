@@ -155,6 +155,12 @@ ARGUMENTS = [
     Mistake("a switch with a text", lambda place: {"do_eval": "perhaps"}, ["--do_eval", "perhaps"]),
     Mistake("token as a switch", lambda place: {"use_auth_token": "hf_secret"}, ["--use_auth_token is true or false"]),
     Mistake("tf32", lambda place: {"tf32": "true"}, ["tf32"], TORCH),
+    Mistake(
+        "split batches",
+        lambda place: {"accelerator_config": '{"split_batches": true}'},
+        ["--accelerator_config split_batches does not work here"],
+        TORCH,
+    ),
     Mistake("schedule", lambda place: {"lr_scheduler_type": "constnat"}, ["constnat", "constant"]),
     Mistake("strategy", lambda place: {"save_strategy": "often"}, ["often", "steps", "epoch"]),
 ]
