@@ -69,7 +69,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import EvalResult, HfApi, ModelCardData, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from jax import lax
-from jax._src import distributed  # There is no public way to the coordination service, which Orbax uses too.
+from jax._src import compilation_cache, distributed, lru_cache  # There is no public way to what is used of these.
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.flax import load_file
@@ -3235,8 +3235,18 @@ def select_slots(batch, slots):
     return batch | select_labels(batch["labels"], slots) if slots else batch
 
 
+class CompiledCode(lru_cache.LRUCache):
+    """JAX's folder of compiled code; replaces an entry that cannot be read, which JAX would keep forever."""
+
+    def put(self, key, value):
+        """Write an entry; called only for one that is missing or could not be read."""
+        (self.path / f"{key}-cache").unlink(missing_ok=True)
+        super().put(key, value)
+
+
 def keep_compiled_code(model_args):
     """Keep compiled code for the next run of the same shapes, unless JAX was told where to keep it."""
+    compilation_cache.LRUCache = CompiledCode
     if not jax.config.jax_compilation_cache_dir:
         folder = model_args.cache_dir or datasets.config.HF_CACHE_HOME
         jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "jax"))

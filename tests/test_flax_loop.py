@@ -167,6 +167,17 @@ def test_a_second_process_compiles_nothing(arguments, tmp_path):
     assert {path.name for path in (tmp_path / "home" / "jax").iterdir()} == kept
 
 
+def test_compiled_code_that_cannot_be_read_is_replaced(arguments, tmp_path):
+    arguments = [*arguments, "--do_train", "--max_steps", "1", "--overwrite_output_dir"]
+    start(tmp_path, "first", arguments)
+    entries = list((tmp_path / "home" / "jax").glob("*-cache"))
+    for path in entries:  # As if the process had been killed while it wrote.
+        path.write_bytes(path.read_bytes()[:100])
+    damaged, repaired = (start(tmp_path, name, arguments) for name in ("damaged", "repaired"))
+    assert damaged["cache_misses"] >= len(entries) > 10
+    assert repaired["cache_misses"] == 0
+
+
 def assert_share(kept, probability):
     """Check the share of True within five standard errors."""
     error = math.sqrt(probability * (1 - probability) / kept.size)
