@@ -708,7 +708,7 @@ def cache_texts(read, paths, settings, cache_dir, overwrite):
     """Return the texts of files as a data set in the cache; write it first if it is missing, or with `overwrite`."""
     folder = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, "texts")
     os.makedirs(folder, exist_ok=True)
-    key = datasets.fingerprint.Hasher.hash([settings, [file_version(path) for path in paths]])
+    key = datasets.fingerprint.Hasher.hash([settings, [file_fingerprint(path) for path in paths]])
     path = os.path.join(folder, f"{key}.arrow")
     with filelock.FileLock(f"{path}.lock"):
         if overwrite or not os.path.exists(path):
@@ -720,7 +720,7 @@ def cache_texts(read, paths, settings, cache_dir, overwrite):
         return datasets.Dataset.from_file(path)
 
 
-def file_version(path):
+def file_fingerprint(path):
     """Return what changes with the content of a file, for the key of the cache."""
     if "://" in path:
         system, name = fsspec.core.url_to_fs(path)
@@ -1881,7 +1881,7 @@ def keeps_logits(model, collator, start, length):
     """Return whether a `SparseHead` leaves the logits of two rows of a length as they are."""
     ids = np.resize(np.flatnonzero(~collator.is_special), (2, length))  # Without padding, which models look for.
     inputs = model_inputs(model, collator([{"input_ids": row} for row in ids]))
-    positions, sparse = torch.arange(0, 2 * length, 3), torch.zeros(0)
+    positions, sparse = torch.arange(0, 2 * length, 3), None
     with torch.no_grad(), contextlib.ExitStack() as hooks:
         torch.manual_seed(0)  # Some models hash their tokens at random.
         dense = model(**inputs, return_dict=True).logits.flatten(0, 1)[positions]
@@ -1892,7 +1892,9 @@ def keeps_logits(model, collator, start, length):
             hooks.callback(head.hook.remove)
             with head.at(positions, ids.shape):
                 sparse = model(**inputs, return_dict=True).logits[0]
-    return sparse.shape == dense.shape and bool((sparse - dense).abs().max() <= 1e-3 * dense.abs().max())
+    if sparse is None or sparse.shape != dense.shape:
+        return False
+    return bool((sparse - dense).abs().max() <= 1e-3 * dense.abs().max())
 
 
 class HostCopy:
@@ -1981,7 +1983,7 @@ class MaskedLMTrainer(Trainer):
             self.timer = self.state.global_step, now
             self.read_steps()
             logs["loss"] = self.losses.report()
-        if "train_loss" in logs:  # After a resume, the Trainer reports the loss of this command, but the speed of all.
+        if "train_loss" in logs:  # After a resume, the Trainer has the loss of this command's steps, the speed of all.
             start, steps = time.time() - logs["train_runtime"], self.state.global_step - self.plan.first_step
             logs |= speed_metrics("train", start, self.plan.num_samples(self.state.global_step), steps)
             self.read_steps()
@@ -2015,7 +2017,7 @@ class MaskedLMTrainer(Trainer):
 
         def upload_folder(path_in_repo=None, **options):
             if path_in_repo is None:  # The output folder, and not a checkpoint in it.
-                options["allow_patterns"] = published_files(self.data_collator.tokenizer)
+                options["allow_patterns"] = [*PUBLISHED, *self.data_collator.tokenizer.vocab_files_names.values()]
             return HfApi.upload_folder(api, path_in_repo=path_in_repo, **options)
 
         api.upload_folder = upload_folder
@@ -2062,7 +2064,7 @@ class MaskedLMTrainer(Trainer):
         peaks = getattr(self.lr_scheduler, "base_lrs", None)
         with user_errors(f"the optimizer state in {checkpoint}"):
             super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):  # Follow the flags.
+        if checkpoint and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):  # The flags set the rate.
             self.lr_scheduler.base_lrs, self.lr_scheduler.last_epoch = peaks, self.lr_scheduler.last_epoch - 1
             self.lr_scheduler.step()
 
@@ -2119,12 +2121,12 @@ class RunCallback(TrainerCallback):
     def __init__(self, trainer, signals, checkpoint, setup):
         self.trainer, self.signals, self.checkpoint, self.setup = trainer, signals, checkpoint, setup
 
-    def received(self):
+    def any_signal(self):
         """Return the signal that any of the processes has received, or 0."""
         if self.trainer.args.world_size > 1:
-            received = torch.tensor(self.signals.received, device=self.trainer.args.device)
-            return int(self.trainer.accelerator.gather(received).max())
-        return self.signals.received
+            number = torch.tensor(self.signals.number, device=self.trainer.args.device)
+            return int(self.trainer.accelerator.gather(number).max())
+        return self.signals.number
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Check and log the steps to come; evaluate if the run was stopped before it could evaluate its last step."""
@@ -2158,25 +2160,25 @@ class RunCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Save after a signal in an evaluation; the time of an evaluation does not count as training time."""
-        control.should_save |= bool(self.received())
+        control.should_save |= bool(self.any_signal())
         self.trainer.timer = state.global_step, time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save after a signal, before any evaluation. Several processes know of it one step later."""
-        self.trainer.end_step(self.signals.received)
+        self.trainer.end_step(self.signals.number)
         self.decide(args, state, control)
         if control.should_log or control.should_evaluate or control.should_save:
             self.trainer.read_steps()
-        if self.trainer.stop_signal if args.world_size > 1 else self.signals.received:
+        if self.trainer.stop_signal if args.world_size > 1 else self.signals.number:
             control.should_save, control.should_evaluate, args.save_only_model = True, False, False
 
     def on_save(self, args, state, control, **kwargs):
         """Stop after a signal."""
         logger.info(f"Saved {os.path.join(args.output_dir, f'checkpoint-{state.global_step}')}.")
         self.trainer.timer = state.global_step, time.perf_counter()
-        if received := self.received():
+        if stop_signal := self.any_signal():
             self.trainer.accelerator.wait_for_everyone()
-            self.signals.stop(received, f"; checkpoint-{state.global_step} is saved")
+            self.signals.stop(stop_signal, f"; checkpoint-{state.global_step} is saved")
 
 
 def masked_lm_metrics(prediction):
@@ -2328,7 +2330,7 @@ def flag_paths(groups):
 
 
 def needed_checkpoints(checkpoint):
-    """Return the real paths of a checkpoint and its best one, where its state says or, if moved, beside it."""
+    """Return the real paths of a checkpoint and of its best one: where its state says, and, if moved, beside it."""
     best = read_state(checkpoint).get("best_model_checkpoint") or checkpoint
     beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(best))
     return {os.path.realpath(path) for path in (checkpoint, best, beside)}
@@ -2337,7 +2339,7 @@ def needed_checkpoints(checkpoint):
 def replace_old_run(args, trained=True):
     """Delete what the run replaces, right before its first checkpoint or model.
 
-    A finished run that has nothing left to train, so that `trained` is false, keeps its results.
+    If there was nothing left to train (`trained` is false), a finished run keeps its results.
     """
     finished = os.path.exists(os.path.join(args.output_dir, "train_results.json")) and not args.overwrite_output_dir
     if args.writes_results and (trained or not finished):
@@ -2347,7 +2349,7 @@ def replace_old_run(args, trained=True):
 
 
 def follow_umask(folder):
-    """Give weights the mode of the other files of a model: `safetensors` makes them readable by their owner alone."""
+    """Give weights the mode of a model's other files: `safetensors` lets only their owner read them."""
     for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
         shutil.copymode(os.path.join(folder, "config.json"), path)
 
@@ -2361,7 +2363,8 @@ def training_results(args, metrics):
 def rotate_checkpoints(args, limit, step):
     """Delete the oldest checkpoints above a limit once that of `step` is written.
 
-    It keeps the best one and those that a flag names. If this one has an optimizer state, it counts only such.
+    Keeps the best one and those that a flag names. If the new one has an optimizer state, only such checkpoints count,
+    otherwise only those without.
     """
     if limit is None or not args.writes_results:
         return
@@ -2374,7 +2377,7 @@ def rotate_checkpoints(args, limit, step):
 
 
 def delete(path):
-    """Delete a file, or a checkpoint: its state first, so that it is unfinished if the process is killed here."""
+    """Delete a file, or a checkpoint: its state first, so that a kill in between leaves an unfinished one."""
     with user_errors(f"{path} cannot be deleted"), contextlib.suppress(FileNotFoundError):
         if not os.path.isdir(path):
             os.remove(path)
@@ -2400,13 +2403,13 @@ def output_lock(training_args):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT in `received` and ends the program; while `deferred`, it leaves that to the training.
+    """Notes SIGTERM and SIGINT in `number` and ends the program; while `deferred`, it leaves that to the training.
 
     A further SIGTERM changes nothing. A second Ctrl-C, seconds after the first, ends the program without a checkpoint.
     """
 
     def __enter__(self):
-        self.received, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
+        self.number, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
         self.process = os.getpid()
         in_main_thread = threading.current_thread() is threading.main_thread()  # Only the main thread can set handlers.
         numbers = STOP_SIGNALS if in_main_thread else ()
@@ -2414,24 +2417,24 @@ class StopSignals:
         return self
 
     def __exit__(self, kind, error, traceback):
-        stopped = self.received and kind and not (self.deferred and issubclass(kind, UserError))
+        stopped = self.number and kind and not (self.deferred and issubclass(kind, UserError))
         if stopped:
-            logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
+            logger.info(f"Stopped by {signal.Signals(self.number).name}{self.outcome}.")
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         if stopped and not self.deferred:  # Compiled code may have replaced the exit by its own exception.
-            raise SystemExit(128 + self.received)
+            raise SystemExit(128 + self.number)
 
     def handle(self, number, frame):
         """Handle a signal."""
-        again = number == self.received == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
+        again = number == self.number == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
         if os.getpid() != self.process and self.deferred:
             return  # A worker, which the main process ends.
         if os.getpid() != self.process or again:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif not self.received:
-            self.received, self.time = number, time.monotonic()
+        elif not self.number:
+            self.number, self.time = number, time.monotonic()
             if not self.deferred:
                 raise SystemExit(128 + number)
             name = signal.Signals(number).name  # Not logged: the signal may have interrupted the logger.
@@ -2441,14 +2444,14 @@ class StopSignals:
     def defer(self):
         """Within the block, only note signals; the block itself calls `stop`."""
         self.deferred = True
-        if self.received:  # A destructor can swallow the exception of `handle`.
-            self.stop(self.received, "")
+        if self.number:  # A destructor can swallow the exception of `handle`.
+            self.stop(self.number, "")
         yield
-        self.deferred = False  # Not after an exception: `__exit__` leaves those of the training as they are.
+        self.deferred = False  # Still true after an exception: `__exit__` does not replace what the training raises.
 
     def stop(self, number, outcome):
         """End the program because of a signal to this or another process."""
-        self.received, self.outcome = number, outcome
+        self.number, self.outcome = number, outcome
         raise SystemExit(128 + number)
 
 
@@ -2566,7 +2569,7 @@ def resume_run(dataset, args, settings, checkpoint):
 
 
 def build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
-    """Return the `Trainer`."""
+    """Return the trainer; raises `UserError` if the model fails on a batch, or the Trainer with its arguments."""
     collator = MaskedLMCollator(
         tokenizer,
         **masking_settings(data_args, training_args),
@@ -2597,7 +2600,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         )
     trainer.remove_callback(PrinterCallback)  # `log_report` does this.
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):  # If it only evaluates, it would write to the current folder.
+        if isinstance(callback, TensorBoardCallback):  # Without training, it would write to the current folder.
             callback.logging_dir = callback.logging_dir or os.path.join(training_args.output_dir, "runs")
     return trainer
 
@@ -2625,8 +2628,8 @@ def train(trainer, checkpoint, signals):
         replace_old_run(args, trained=trainer.state.global_step > trainer.plan.first_step)
         with write_errors(args.output_dir, "the model"):
             trainer.save_model(_internal_call=True)  # Without an upload: `publish` does that.
-        if received := callback.received():
-            signals.stop(received, " after the last step; the model is saved")
+        if stop_signal := callback.any_signal():
+            signals.stop(stop_signal, " after the last step; the model is saved")
     metrics = training_results(args, {**metrics, "train_samples": len(trainer.train_dataset)})
     last = trainer.state.log_history[-1]
     last.update({name: metrics[name] for name in last if name in metrics})
@@ -2640,7 +2643,7 @@ def evaluate(trainer):
     """Evaluate on all validation samples and return the metrics."""
     metrics = result_names(trainer.evaluate())
     for name in ("eval_model_preparation_time",) if trainer.args.do_train else ("eval_model_preparation_time", "epoch"):
-        metrics.pop(name, None)  # Only without a training before; the Trainer calls that epoch 0.
+        metrics.pop(name, None)  # Without training, the Trainer reports epoch 0.
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
@@ -2699,8 +2702,8 @@ def ending_together(args, signals):
         yield
     except Exception as error:
         if args.world_size > 1 and is_lost_connection(error):
-            if signals.received:  # The other process has, too.
-                signals.stop(signals.received, "; another process has ended, so no checkpoint is saved")
+            if signals.number:  # The other process has, too.
+                signals.stop(signals.number, "; another process has ended, so no checkpoint is saved")
             raise UserError("another process of this run has ended; see its error") from error
         raise
 
@@ -2729,7 +2732,7 @@ def write_card(trainer, groups, history, metrics):
     model_args, data_args, args = groups
     base, script = model_args.model_name_or_path, Path(__file__).name
     name = os.path.basename(os.path.abspath(args.hub_model_id or args.output_dir))
-    origin = f"It started from {public_name(base)}" if base else "It started with random weights"
+    origin = f"It started from {public_names(base)[0]}" if base else "It started with random weights"
     keys = "eval_loss", "eval_accuracy", "perplexity"
     known = [key for key in keys if key in metrics and math.isfinite(metrics[key])]
     results = {key.removeprefix("eval_"): metrics[key] for key in known}
@@ -2744,16 +2747,16 @@ def write_card(trainer, groups, history, metrics):
         f"## Command\n\n    {command_line(script, args.given)}",
     ]
     with write_errors(args.output_dir, "the model card"):
-        with open(os.path.join(args.output_dir, "arguments.json"), "w", encoding="utf-8") as file:
-            json.dump(args.given, file, indent=2, ensure_ascii=False)
-        with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:
-            file.write("\n\n".join(filter(None, sections)) + "\n")
+        arguments = json.dumps(args.given, indent=2, ensure_ascii=False)
+        Path(args.output_dir, "arguments.json").write_text(arguments, encoding="utf-8")
+        card = "\n\n".join(section for section in sections if section)
+        Path(args.output_dir, "README.md").write_text(card + "\n", encoding="utf-8")
 
 
 def card_metadata(name, groups, results):
     """Return what the hub reads of a card, as YAML; `results` are the evaluation's, by the hub's names."""
     base, dataset = groups[0].model_name_or_path, groups[1].dataset_name
-    source = public_files(dataset or groups[1].validation_file or groups[1].train_file)
+    source = " ".join(public_names(dataset or groups[1].validation_file or groups[1].train_file))
     found = [EvalResult("fill-mask", source, source, kind, value) for kind, value in results.items()]
     card = ModelCardData(
         model_name=name,
@@ -2778,7 +2781,7 @@ def describe_data(trainer, data_args):
             size = f"{len(dataset):,} samples, {dataset.lengths.sum():,} tokens"
         else:
             continue
-        lines.append(f"- {split}: {public_files(source)}, {size}")
+        lines.append(f"- {split}: {' '.join(public_names(source))}, {size}")
     return "\n".join(lines)
 
 
@@ -2797,7 +2800,7 @@ def command_line(script, given):
     """Return the command of the run, without folders of this machine."""
     words = ["python", script]
     for name, value in given.items():
-        words += [f"--{name}", *map(public_name, value if isinstance(value, list) else [value])]
+        words += [f"--{name}", *public_names(value)]
     return shlex.join(words)
 
 
@@ -2808,20 +2811,10 @@ def table(names, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def public_name(value):
-    """Return a setting for a public card: for a file or folder on this machine, only its base name."""
-    value = str(value)
-    return os.path.basename(os.path.abspath(value)) if os.path.sep in value and is_local(value) else value
-
-
-def public_files(names):
-    """Return the public names of files, or of one data set, as one text."""
-    return " ".join(map(public_name, names if isinstance(names, list) else [names]))
-
-
-def published_files(tokenizer):
-    """Return patterns of the files of an output folder that an upload sends."""
-    return [*PUBLISHED, *tokenizer.vocab_files_names.values()]
+def public_names(values):
+    """Return a setting, or a list of them, as words for a public card: paths on this machine as their base names."""
+    words = map(str, values if isinstance(values, list) else [values])
+    return [os.path.basename(os.path.abspath(word)) if os.sep in word and is_local(word) else word for word in words]
 
 
 def is_local(name):

@@ -728,7 +728,7 @@ def cache_texts(read, paths, settings, cache_dir, overwrite):
     """Return the texts of files as a data set in the cache; write it first if it is missing, or with `overwrite`."""
     folder = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, "texts")
     os.makedirs(folder, exist_ok=True)
-    key = datasets.fingerprint.Hasher.hash([settings, [file_version(path) for path in paths]])
+    key = datasets.fingerprint.Hasher.hash([settings, [file_fingerprint(path) for path in paths]])
     path = os.path.join(folder, f"{key}.arrow")
     with filelock.FileLock(f"{path}.lock"):
         if overwrite or not os.path.exists(path):
@@ -740,7 +740,7 @@ def cache_texts(read, paths, settings, cache_dir, overwrite):
         return datasets.Dataset.from_file(path)
 
 
-def file_version(path):
+def file_fingerprint(path):
     """Return what changes with the content of a file, for the key of the cache."""
     if "://" in path:
         system, name = fsspec.core.url_to_fs(path)
@@ -2178,7 +2178,7 @@ def create_learning_rate_scheduler(
     steps_per_cycle=100000,
 ):
     """Return step -> learning rate: the product of named factors (Flax, examples/lm1b); `InputError` if unknown."""
-    warmup = max(1, warmup_steps)  # Where it divides.
+    warmup = max(1, warmup_steps)  # The divisor.
 
     def linear_warmup(step):
         return jnp.minimum(1.0, step / warmup) if warmup_steps else 1.0
@@ -2208,13 +2208,13 @@ def warmup_stable_decay(rate, warmup, num_steps, num_decay_steps, decay_type="co
         raise InputError(f"decay_type {decay_type} is not linear, cosine or 1-sqrt")
     if type(num_decay_steps) is not int or not isinstance(min_lr_ratio, (int, float)):
         raise InputError(f"num_decay_steps {num_decay_steps} or min_lr_ratio {min_lr_ratio} is not a number")
-    length, height = max(1, num_decay_steps), 1 - min_lr_ratio
+    length = max(1, num_decay_steps)
 
     def schedule(step):
         done = jnp.clip((step - num_steps + num_decay_steps) / length, 0, 1)
         decay = {"linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2, "1-sqrt": 1 - jnp.sqrt(done)}
         factor = jnp.where(step < warmup, step / max(1, warmup), decay[decay_type])
-        return rate * (min_lr_ratio + height * factor)
+        return rate * (min_lr_ratio + (1 - min_lr_ratio) * factor)
 
     return schedule
 
@@ -2275,7 +2275,7 @@ def cross_entropy(logits, targets, weights=None, label_smoothing=0.0):
     """
     check_shapes(logits, targets)
     logits = logits.astype(jnp.float32)
-    # Not by indices, whose gradient would be a scatter into zeros as large as the logits.
+    # A comparison, because the gradient of indexing would be a scatter into zeros as large as the logits.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     loss = jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_target, logits, 0).sum(-1)
     if label_smoothing > 0:
@@ -2510,7 +2510,7 @@ def flag_paths(groups):
 
 
 def needed_checkpoints(checkpoint):
-    """Return the real paths of a checkpoint and its best one, where its state says or, if moved, beside it."""
+    """Return the real paths of a checkpoint and of its best one: where its state says, and, if moved, beside it."""
     best = read_state(checkpoint).get("best_model_checkpoint") or checkpoint
     beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(best))
     return {os.path.realpath(path) for path in (checkpoint, best, beside)}
@@ -2519,7 +2519,7 @@ def needed_checkpoints(checkpoint):
 def replace_old_run(args, trained=True):
     """Delete what the run replaces, right before its first checkpoint or model.
 
-    A finished run that has nothing left to train, so that `trained` is false, keeps its results.
+    If there was nothing left to train (`trained` is false), a finished run keeps its results.
     """
     finished = os.path.exists(os.path.join(args.output_dir, "train_results.json")) and not args.overwrite_output_dir
     if args.writes_results and (trained or not finished):
@@ -2529,7 +2529,7 @@ def replace_old_run(args, trained=True):
 
 
 def follow_umask(folder):
-    """Give weights the mode of the other files of a model: `safetensors` makes them readable by their owner alone."""
+    """Give weights the mode of a model's other files: `safetensors` lets only their owner read them."""
     for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
         shutil.copymode(os.path.join(folder, "config.json"), path)
 
@@ -2543,7 +2543,8 @@ def training_results(args, metrics):
 def rotate_checkpoints(args, limit, step):
     """Delete the oldest checkpoints above a limit once that of `step` is written.
 
-    It keeps the best one and those that a flag names. If this one has an optimizer state, it counts only such.
+    Keeps the best one and those that a flag names. If the new one has an optimizer state, only such checkpoints count,
+    otherwise only those without.
     """
     if limit is None or not args.writes_results:
         return
@@ -2556,7 +2557,7 @@ def rotate_checkpoints(args, limit, step):
 
 
 def delete(path):
-    """Delete a file, or a checkpoint: its state first, so that it is unfinished if the process is killed here."""
+    """Delete a file, or a checkpoint: its state first, so that a kill in between leaves an unfinished one."""
     with user_errors(f"{path} cannot be deleted"), contextlib.suppress(FileNotFoundError):
         if not os.path.isdir(path):
             os.remove(path)
@@ -2582,13 +2583,13 @@ def output_lock(training_args):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT in `received` and ends the program; while `deferred`, it leaves that to the training.
+    """Notes SIGTERM and SIGINT in `number` and ends the program; while `deferred`, it leaves that to the training.
 
     A further SIGTERM changes nothing. A second Ctrl-C, seconds after the first, ends the program without a checkpoint.
     """
 
     def __enter__(self):
-        self.received, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
+        self.number, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
         self.process = os.getpid()
         in_main_thread = threading.current_thread() is threading.main_thread()  # Only the main thread can set handlers.
         numbers = STOP_SIGNALS if in_main_thread else ()
@@ -2596,24 +2597,24 @@ class StopSignals:
         return self
 
     def __exit__(self, kind, error, traceback):
-        stopped = self.received and kind and not (self.deferred and issubclass(kind, UserError))
+        stopped = self.number and kind and not (self.deferred and issubclass(kind, UserError))
         if stopped:
-            logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
+            logger.info(f"Stopped by {signal.Signals(self.number).name}{self.outcome}.")
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         if stopped and not self.deferred:  # Compiled code may have replaced the exit by its own exception.
-            raise SystemExit(128 + self.received)
+            raise SystemExit(128 + self.number)
 
     def handle(self, number, frame):
         """Handle a signal."""
-        again = number == self.received == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
+        again = number == self.number == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
         if os.getpid() != self.process and self.deferred:
             return  # A worker, which the main process ends.
         if os.getpid() != self.process or again:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif not self.received:
-            self.received, self.time = number, time.monotonic()
+        elif not self.number:
+            self.number, self.time = number, time.monotonic()
             if not self.deferred:
                 raise SystemExit(128 + number)
             name = signal.Signals(number).name  # Not logged: the signal may have interrupted the logger.
@@ -2623,14 +2624,14 @@ class StopSignals:
     def defer(self):
         """Within the block, only note signals; the block itself calls `stop`."""
         self.deferred = True
-        if self.received:  # A destructor can swallow the exception of `handle`.
-            self.stop(self.received, "")
+        if self.number:  # A destructor can swallow the exception of `handle`.
+            self.stop(self.number, "")
         yield
-        self.deferred = False  # Not after an exception: `__exit__` leaves those of the training as they are.
+        self.deferred = False  # Still true after an exception: `__exit__` does not replace what the training raises.
 
     def stop(self, number, outcome):
         """End the program because of a signal to this or another process."""
-        self.received, self.outcome = number, outcome
+        self.number, self.outcome = number, outcome
         raise SystemExit(128 + number)
 
 
@@ -2754,7 +2755,7 @@ def connect_processes(data_args, args):
     place = args.coordinator_address, args.num_processes, args.process_id
     if None not in place:
         meet_processes(*place)
-    jax.config.update("jax_enable_preemption_service", False)  # It would take SIGTERM from `StopSignals`.
+    jax.config.update("jax_enable_preemption_service", False)  # It would catch SIGTERM instead of `StopSignals`.
     try:
         jax.distributed.initialize(*place, shutdown_timeout_seconds=60)
     except (ValueError, RuntimeError) as error:
@@ -2764,8 +2765,8 @@ def connect_processes(data_args, args):
             raise UserError(f"--coordinator_address {args.coordinator_address}: {error}") from error
         return
     if data_args.preprocessing_num_workers:
-        raise UserError("--preprocessing_num_workers does not work with several processes: tokenize in a run before")
-    # Gloo gives each group of devices 30 seconds to come together for the first time: they do while all are here.
+        raise UserError("--preprocessing_num_workers does not work with several processes: tokenize in an earlier run")
+    # Connect the devices while all processes are here: Gloo waits 30 seconds for the first operation of a group.
     multihost_utils.process_allgather(np.zeros(1))
     jax.pmap(lambda value: lax.psum(value, "batch"), "batch")(np.zeros(jax.local_device_count()))
 
@@ -2801,7 +2802,7 @@ def collect_ids(port, count):
                 problem = f"process {missing} did not report in {MEETING_SECONDS} seconds; check its output and address"
                 break
             connection.settimeout(5)
-            with contextlib.suppress(OSError, ValueError):  # It is not one of the processes.
+            with contextlib.suppress(OSError, ValueError):  # Something else may have connected.
                 number, its_count = map(int, connection.recv(100).split())
                 connections.append(connection)
                 if its_count != count:
@@ -2835,7 +2836,7 @@ def send_id(address, count, process_id):
 
 @contextlib.contextmanager
 def ending_together():
-    """If one process ends early, end all: the others would wait for it without end."""
+    """If one process ends early, end all, because the others would wait for it forever."""
     if not jax.distributed.is_initialized():
         yield
         return
@@ -2871,7 +2872,7 @@ def ending_together():
 
 def end_processes(cause, status):
     """Print why this process ends, tell the others, and end it although a thread of it may wait for a device."""
-    ENDING.acquire()  # For good: the first cause is the one that is reported.
+    ENDING.acquire()  # Never released: only the first cause is reported.
     print_error(cause)
     client = distributed.global_state.client
     with contextlib.suppress(RuntimeError):  # Another process was first.
@@ -2879,7 +2880,7 @@ def end_processes(cause, status):
     with contextlib.suppress(RuntimeError):  # A process that was killed does not come.
         client.wait_at_barrier("end", 5000)
     if jax.process_index() == 0:
-        time.sleep(2)  # The others end before it, or JAX aborts them.
+        time.sleep(2)  # The others must end first, or JAX aborts them.
     sys.stdout.flush()
     os._exit(status)
 
@@ -2893,7 +2894,7 @@ def main_process_first(name):
     client = distributed.global_state.client
 
     def wait_until_done(count):
-        # Operations of the devices give up after half an hour.
+        # A barrier on the devices would time out after half an hour.
         while len(client.key_value_dir_get(name)) < count:
             time.sleep(0.2)
 
@@ -2910,19 +2911,6 @@ def largest_of_processes(*values):
     return multihost_utils.process_allgather(np.array(values)).max(axis=0).tolist()
 
 
-class SummaryWriter:
-    """Writes TensorBoard scalars with the `tensorboard` package alone, where it is installed."""
-
-    def __init__(self, log_dir):
-        self.writer = EventFileWriter(log_dir) if EventFileWriter else None
-
-    def scalar(self, tag, value, step):
-        """Write one value."""
-        if self.writer:
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-            self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
-
-
 class MaskedLMTrainer:
     """Trains and evaluates a model, and writes its files: what this script needs of the Trainer, under its names."""
 
@@ -2937,7 +2925,8 @@ class MaskedLMTrainer:
         self.apply_fn = functools.partial(masked_logits, model=model)
         self.eval_step = jax.pmap(functools.partial(eval_step, apply_fn=self.apply_fn), "batch")
         self.largest = jax.pmap(lambda values: lax.pmax(values, "batch"), "batch")
-        self.writer = SummaryWriter(os.path.join(self.args.output_dir, "logs")) if self.args.should_log else None
+        draws = self.args.should_log and EventFileWriter
+        self.writer = EventFileWriter(os.path.join(self.args.output_dir, "logs")) if draws else None
         if self.args.push_to_hub and self.args.should_log:
             create_repository(self.args)  # Fails before the training, not after it.
         # All that changes during a run.
@@ -2963,14 +2952,18 @@ class MaskedLMTrainer:
         """Record values in the history and in TensorBoard, under the Trainer's names."""
         logs = {**logs, **self.epoch}
         self.log_history.append({**logs, "step": self.step})
-        if self.args.should_log:
-            if not self.args.disable_tqdm:
-                tqdm.write(str({name: float(f"{value:.6g}") for name, value in logs.items()}))
-            elif self.plan and "train_loss" not in logs:
-                log_report(logs, self.step, self.plan.num_steps, seconds_per_step)
+        if not self.args.should_log:
+            return
+        if not self.args.disable_tqdm:
+            tqdm.write(str({name: float(f"{value:.6g}") for name, value in logs.items()}))
+        elif self.plan and "train_loss" not in logs:
+            log_report(logs, self.step, self.plan.num_steps, seconds_per_step)
+        if self.writer:
+            values = []
             for name, value in logs.items():
                 chart = "eval" if name.startswith("eval_") or name == "perplexity" else "train"
-                self.writer.scalar(f"{chart}/{name.removeprefix('eval_')}", value, self.step)
+                values.append(Summary.Value(tag=f"{chart}/{name.removeprefix('eval_')}", simple_value=value))
+            self.writer.add_event(Event(step=self.step, wall_time=time.time(), summary=Summary(value=values)))
 
     def progress_bar(self, items, name, **settings):
         """Return the items, with a progress bar in the main process unless `--disable_tqdm`."""
@@ -3012,7 +3005,7 @@ class MaskedLMTrainer:
         ahead = collections.deque(itertools.islice(made, 2))
         self.slots.extend(largest_of_processes(*map(self.needed_slots, ahead)))
         while ahead:
-            batch, notice = ahead.popleft(), [signals.received, 0]
+            batch, notice = ahead.popleft(), [signals.number, 0]
             for later in itertools.islice(made, 1):
                 ahead.append(later)
                 notice[1] = self.needed_slots(later)
@@ -3040,9 +3033,9 @@ class MaskedLMTrainer:
                 self.end_step(signals)
             replace_old_run(args, trained=self.step > self.plan.first_step)
             self.save_model(args.output_dir)
-            (received,) = largest_of_processes(signals.received)
-            if received:
-                signals.stop(received, " after the last step; the model is saved")
+            (stop_signal,) = largest_of_processes(signals.number)
+            if stop_signal:
+                signals.stop(stop_signal, " after the last step; the model is saved")
         metrics = speed_metrics("train", start, self.plan.num_samples(self.step), self.step - self.plan.first_step)
         metrics = {"train_loss": self.losses.mean(), **metrics, **self.epoch, "train_samples": len(self.train_dataset)}
         metrics = training_results(args, metrics)
@@ -3099,19 +3092,19 @@ class MaskedLMTrainer:
 
     def end_step(self, signals):
         """Report, evaluate and save what is due; after a signal, save before an evaluation, and exit."""
-        args, received = self.args, self.stop_signal if jax.process_count() > 1 else signals.received
+        args, stop_signal = self.args, self.stop_signal if jax.process_count() > 1 else signals.number
         if self.plan.is_stream:
             self.train_dataset.forget_blocks_before(self.plan.position(self.step).sample)
         if self.step % args.logging_steps == 0 or self.step == self.plan.num_steps:
             self.log_losses()
-        if self.evaluation_is_due() and not received:
+        if self.evaluation_is_due() and not stop_signal:
             self.evaluate()
-        if received or self.is_due(args.save_strategy, args.save_steps):
+        if stop_signal or self.is_due(args.save_strategy, args.save_steps):
             self.read_steps()
             self.save_checkpoint()
-        if received:
+        if stop_signal:
             multihost_utils.sync_global_devices("saved")
-            signals.stop(received, f"; checkpoint-{self.step} is saved")
+            signals.stop(stop_signal, f"; checkpoint-{self.step} is saved")
 
     def read_steps(self):
         """Wait for the latest steps; count their losses and note what was exchanged with them."""
@@ -3226,7 +3219,7 @@ class MaskedLMTrainer:
                 HfApi(token=args.hub_token).upload_folder(
                     repo_id=create_repository(args),
                     folder_path=args.output_dir,
-                    allow_patterns=published_files(self.tokenizer),
+                    allow_patterns=[*PUBLISHED, *self.tokenizer.vocab_files_names.values()],
                 )
 
 
@@ -3275,7 +3268,7 @@ def write_card(trainer, groups, history, metrics):
     model_args, data_args, args = groups
     base, script = model_args.model_name_or_path, Path(__file__).name
     name = os.path.basename(os.path.abspath(args.hub_model_id or args.output_dir))
-    origin = f"It started from {public_name(base)}" if base else "It started with random weights"
+    origin = f"It started from {public_names(base)[0]}" if base else "It started with random weights"
     keys = "eval_loss", "eval_accuracy", "perplexity"
     known = [key for key in keys if key in metrics and math.isfinite(metrics[key])]
     results = {key.removeprefix("eval_"): metrics[key] for key in known}
@@ -3290,16 +3283,16 @@ def write_card(trainer, groups, history, metrics):
         f"## Command\n\n    {command_line(script, args.given)}",
     ]
     with write_errors(args.output_dir, "the model card"):
-        with open(os.path.join(args.output_dir, "arguments.json"), "w", encoding="utf-8") as file:
-            json.dump(args.given, file, indent=2, ensure_ascii=False)
-        with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:
-            file.write("\n\n".join(filter(None, sections)) + "\n")
+        arguments = json.dumps(args.given, indent=2, ensure_ascii=False)
+        Path(args.output_dir, "arguments.json").write_text(arguments, encoding="utf-8")
+        card = "\n\n".join(section for section in sections if section)
+        Path(args.output_dir, "README.md").write_text(card + "\n", encoding="utf-8")
 
 
 def card_metadata(name, groups, results):
     """Return what the hub reads of a card, as YAML; `results` are the evaluation's, by the hub's names."""
     base, dataset = groups[0].model_name_or_path, groups[1].dataset_name
-    source = public_files(dataset or groups[1].validation_file or groups[1].train_file)
+    source = " ".join(public_names(dataset or groups[1].validation_file or groups[1].train_file))
     found = [EvalResult("fill-mask", source, source, kind, value) for kind, value in results.items()]
     card = ModelCardData(
         model_name=name,
@@ -3324,7 +3317,7 @@ def describe_data(trainer, data_args):
             size = f"{len(dataset):,} samples, {dataset.lengths.sum():,} tokens"
         else:
             continue
-        lines.append(f"- {split}: {public_files(source)}, {size}")
+        lines.append(f"- {split}: {' '.join(public_names(source))}, {size}")
     return "\n".join(lines)
 
 
@@ -3343,7 +3336,7 @@ def command_line(script, given):
     """Return the command of the run, without folders of this machine."""
     words = ["python", script]
     for name, value in given.items():
-        words += [f"--{name}", *map(public_name, value if isinstance(value, list) else [value])]
+        words += [f"--{name}", *public_names(value)]
     return shlex.join(words)
 
 
@@ -3354,20 +3347,10 @@ def table(names, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def public_name(value):
-    """Return a setting for a public card: for a file or folder on this machine, only its base name."""
-    value = str(value)
-    return os.path.basename(os.path.abspath(value)) if os.path.sep in value and is_local(value) else value
-
-
-def public_files(names):
-    """Return the public names of files, or of one data set, as one text."""
-    return " ".join(map(public_name, names if isinstance(names, list) else [names]))
-
-
-def published_files(tokenizer):
-    """Return patterns of the files of an output folder that an upload sends."""
-    return [*PUBLISHED, *tokenizer.vocab_files_names.values()]
+def public_names(values):
+    """Return a setting, or a list of them, as words for a public card: paths on this machine as their base names."""
+    words = map(str, values if isinstance(values, list) else [values])
+    return [os.path.basename(os.path.abspath(word)) if os.sep in word and is_local(word) else word for word in words]
 
 
 def is_local(name):
