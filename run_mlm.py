@@ -2409,21 +2409,19 @@ class StopSignals:
     """
 
     def __enter__(self):
-        self.number, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
-        self.process = os.getpid()
+        self.number, self.time, self.deferred, self.process = 0, 0.0, False, os.getpid()
         in_main_thread = threading.current_thread() is threading.main_thread()  # Only the main thread can set handlers.
         numbers = STOP_SIGNALS if in_main_thread else ()
         self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def __exit__(self, kind, error, traceback):
-        stopped = self.number and kind and not (self.deferred and issubclass(kind, UserError))
-        if stopped:
-            logger.info(f"Stopped by {signal.Signals(self.number).name}{self.outcome}.")
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if stopped and not self.deferred:  # Compiled code may have replaced the exit by its own exception.
-            raise SystemExit(128 + self.number)
+        try:
+            if self.number and kind and not self.deferred:  # Compiled code may have raised an exception of its own.
+                self.stop(self.number)
+        finally:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
 
     def handle(self, number, frame):
         """Handle a signal."""
@@ -2445,13 +2443,13 @@ class StopSignals:
         """Within the block, only note signals; the block itself calls `stop`."""
         self.deferred = True
         if self.number:  # A destructor can swallow the exception of `handle`.
-            self.stop(self.number, "")
+            self.stop(self.number)
         yield
         self.deferred = False  # Still true after an exception: `__exit__` does not replace what the training raises.
 
-    def stop(self, number, outcome):
-        """End the program because of a signal to this or another process."""
-        self.number, self.outcome = number, outcome
+    def stop(self, number, outcome=""):
+        """Log a signal to this or another process and end the program."""
+        logger.info(f"Stopped by {signal.Signals(number).name}{outcome}.")
         raise SystemExit(128 + number)
 
 

@@ -139,7 +139,7 @@ MUTANTS = [
         "a stop saves no checkpoint",
         PYTORCH,
         "control.should_save, control.should_evaluate, args.save_only_model = True, False, False",
-        "self.signals.stop(self.any_signal(), '')",
+        "self.signals.stop(self.any_signal())",
         ("stop",),
     ),
     Mutant(
