@@ -46,7 +46,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Optional
 
@@ -299,7 +299,7 @@ class TrainingArguments(transformers.TrainingArguments):
         self.report_to = self.report_to or ["tensorboard"]  # The Trainer would report nowhere.
         if (self.metric_for_best_model or "").endswith("perplexity") and self.greater_is_better is None:
             self.greater_is_better = False  # To the Trainer, a metric is a score unless it ends in "loss".
-        self.old_run, self.named_checkpoints = [], []  # Set by `note_old_run`.
+        self.old_run, self.named_checkpoints = [], []  # Set by `find_checkpoint`.
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir  # The Trainer would make one up.
@@ -329,6 +329,10 @@ class TrainingArguments(transformers.TrainingArguments):
             (known, f"--metric_for_best_model {best} is not one of {', '.join(metrics)}"),
             (self.do_eval or not self.eval_on_start, "--eval_on_start needs --do_eval"),
             (workers or not self.dataloader_persistent_workers, "--dataloader_persistent_workers has no workers"),
+            (
+                not self.accelerator_config.split_batches,
+                "--accelerator_config split_batches does not work here; give the batch size of one device",
+            ),
         ]
         for holds, message in requirements:
             if not holds:
@@ -696,7 +700,7 @@ def cache_texts(read, paths, settings, cache_dir, overwrite):
     """Return the texts of files as a data set in the cache; write it first if it is missing, or with `overwrite`."""
     folder = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, "texts")
     os.makedirs(folder, exist_ok=True)
-    key = datasets.fingerprint.Hasher.hash([settings, [file_version(path) for path in paths]])
+    key = datasets.fingerprint.Hasher.hash([settings, [file_fingerprint(path) for path in paths]])
     path = os.path.join(folder, f"{key}.arrow")
     with filelock.FileLock(f"{path}.lock"):
         if overwrite or not os.path.exists(path):
@@ -708,7 +712,7 @@ def cache_texts(read, paths, settings, cache_dir, overwrite):
         return datasets.Dataset.from_file(path)
 
 
-def file_version(path):
+def file_fingerprint(path):
     """Return what changes with the content of a file, for the key of the cache."""
     if "://" in path:
         system, name = fsspec.core.url_to_fs(path)
@@ -1241,11 +1245,10 @@ class StreamedDataset:
                 raise UserError(f"the train data holds no sample: {remedies}")
             block = {**block, "epoch": block["epoch"] + 1, **self.beginning}
 
-    def block_at(self, number):
-        """Return the place of the block that holds sample `number`, and forget the blocks before it."""
+    def forget_blocks_before(self, number):
+        """Forget the blocks before the one that holds sample `number`, which is then the first of `blocks`."""
         while len(self.blocks) > 1 and self.blocks[1]["first"] <= number:
             self.blocks.pop(0)
-        return self.blocks[0]
 
 
 def group_by_length(order, lengths, batch_size):
@@ -1812,7 +1815,7 @@ def keeps_logits(model, collator, start, length):
     """Return whether a `SparseHead` leaves the logits of two rows of a length as they are."""
     ids = np.resize(np.flatnonzero(~collator.is_special), (2, length))  # Without padding, which models look for.
     inputs = model_inputs(model, collator([{"input_ids": row} for row in ids]))
-    positions, sparse = torch.arange(0, 2 * length, 3), torch.zeros(0)
+    positions, sparse = torch.arange(0, 2 * length, 3), None
     with torch.no_grad(), contextlib.ExitStack() as hooks:
         torch.manual_seed(0)  # Some models hash their tokens at random.
         dense = model(**inputs, return_dict=True).logits.flatten(0, 1)[positions]
@@ -1823,7 +1826,9 @@ def keeps_logits(model, collator, start, length):
             hooks.callback(head.hook.remove)
             with head.at(positions, ids.shape):
                 sparse = model(**inputs, return_dict=True).logits[0]
-    return sparse.shape == dense.shape and bool((sparse - dense).abs().max() <= 1e-3 * dense.abs().max())
+    if sparse is None or sparse.shape != dense.shape:
+        return False
+    return bool((sparse - dense).abs().max() <= 1e-3 * dense.abs().max())
 
 
 class HostCopy:
@@ -1912,14 +1917,15 @@ class MaskedLMTrainer(Trainer):
             self.timer = self.state.global_step, now
             self.read_steps()
             logs["loss"] = self.losses.report()
-        if "train_loss" in logs:  # After a resume, the Trainer reports the loss of this command, but the speed of all.
+        if "train_loss" in logs:  # After a resume, the Trainer has the loss of this command's steps, the speed of all.
             start, steps = time.time() - logs["train_runtime"], self.state.global_step - self.plan.first_step
             logs |= speed_metrics("train", start, self.plan.num_samples(self.state.global_step), steps)
             self.read_steps()
             logs["train_loss"] = self.losses.mean()
         elif self.args.disable_tqdm and self.args.should_log and self.state.max_steps:
-            log_report(logs, self.state.global_step, self.state.max_steps, seconds_per_step)
+            log_report(result_names(logs), self.state.global_step, self.state.max_steps, seconds_per_step)
         super().log(logs, *args, **kwargs)
+        self.state.log_history[-1] = result_names(self.state.log_history[-1])
 
     def create_accelerator_and_postprocess(self):
         """Set up Accelerate; raises `UserError` for what this machine cannot do."""
@@ -1945,7 +1951,7 @@ class MaskedLMTrainer(Trainer):
 
         def upload_folder(path_in_repo=None, **options):
             if path_in_repo is None:  # The output folder, and not a checkpoint in it.
-                options["allow_patterns"] = published_files(self.data_collator.tokenizer)
+                options["allow_patterns"] = [*PUBLISHED, *self.data_collator.tokenizer.vocab_files_names.values()]
             return HfApi.upload_folder(api, path_in_repo=path_in_repo, **options)
 
         api.upload_folder = upload_folder
@@ -1992,7 +1998,7 @@ class MaskedLMTrainer(Trainer):
         peaks = getattr(self.lr_scheduler, "base_lrs", None)
         with user_errors(f"the optimizer state in {checkpoint}"):
             super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):  # Follow the flags.
+        if checkpoint and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):  # The flags set the rate.
             self.lr_scheduler.base_lrs, self.lr_scheduler.last_epoch = peaks, self.lr_scheduler.last_epoch - 1
             self.lr_scheduler.step()
 
@@ -2032,7 +2038,7 @@ class MaskedLMTrainer(Trainer):
         self.unread.append((self.state.global_step, HostCopy(sums)))
         self.read_steps(all_but=1)
         if self.plan.is_stream:
-            self.train_dataset.block_at(self.plan.position(self.state.global_step).sample)  # Forgets the blocks before.
+            self.train_dataset.forget_blocks_before(self.plan.position(self.state.global_step).sample)
 
     def read_steps(self, all_but=0):
         """Add the losses of the unread steps, all but the last `all_but`; waits until those steps are done."""
@@ -2049,12 +2055,12 @@ class RunCallback(TrainerCallback):
     def __init__(self, trainer, signals, checkpoint, setup):
         self.trainer, self.signals, self.checkpoint, self.setup = trainer, signals, checkpoint, setup
 
-    def received(self):
+    def any_signal(self):
         """Return the signal that any of the processes has received, or 0."""
         if self.trainer.args.world_size > 1:
-            received = torch.tensor(self.signals.received, device=self.trainer.args.device)
-            return int(self.trainer.accelerator.gather(received).max())
-        return self.signals.received
+            number = torch.tensor(self.signals.number, device=self.trainer.args.device)
+            return int(self.trainer.accelerator.gather(number).max())
+        return self.signals.number
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Check and log the steps to come; evaluate if the run was stopped before it could evaluate its last step."""
@@ -2088,31 +2094,36 @@ class RunCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Save after a signal in an evaluation; the time of an evaluation does not count as training time."""
-        control.should_save |= bool(self.received())
+        control.should_save |= bool(self.any_signal())
         self.trainer.timer = state.global_step, time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save after a signal, before any evaluation. Several processes know of it one step later."""
-        self.trainer.end_step(self.signals.received)
+        self.trainer.end_step(self.signals.number)
         self.decide(args, state, control)
         if control.should_log or control.should_evaluate or control.should_save:
             self.trainer.read_steps()
-        if self.trainer.stop_signal if args.world_size > 1 else self.signals.received:
+        if self.trainer.stop_signal if args.world_size > 1 else self.signals.number:
             control.should_save, control.should_evaluate, args.save_only_model = True, False, False
 
     def on_save(self, args, state, control, **kwargs):
         """Stop after a signal."""
         logger.info(f"Saved {os.path.join(args.output_dir, f'checkpoint-{state.global_step}')}.")
         self.trainer.timer = state.global_step, time.perf_counter()
-        if received := self.received():
+        if stop_signal := self.any_signal():
             self.trainer.accelerator.wait_for_everyone()
-            self.signals.stop(received, f"; checkpoint-{state.global_step} is saved")
+            self.signals.stop(stop_signal, f"; checkpoint-{state.global_step} is saved")
 
 
 def masked_lm_metrics(prediction):
     """Return {"loss", "accuracy", "perplexity"} from the sums of `prediction_step`."""
     loss, hits = prediction.predictions.sum(axis=0, dtype=np.float64)
     return mean_metrics(loss, hits, prediction.label_ids.sum())
+
+
+def result_names(metrics):
+    """Return metrics with the documented name of the perplexity; the Trainer puts "eval_" before every name."""
+    return {name.replace("eval_perplexity", "perplexity"): value for name, value in metrics.items()}
 
 
 def mean_metrics(loss, hits, count):
@@ -2172,29 +2183,36 @@ def list_checkpoints(folder):
 
 
 def find_checkpoint(model_args, data_args, training_args):
-    """Return (step, path) of the checkpoint to resume from, or (0, None) to start a new run.
+    """Return the checkpoint to resume from, or None to start a new run, and note what the run may delete.
 
-    Raises `UserError` if the run would overwrite or delete what is not its own.
+    Sets `old_run`, the paths that the run replaces, and `named_checkpoints`, the checkpoints that flags name. Raises
+    `UserError` if the run would overwrite or delete what is not its own, or what a flag reads.
     """
-    folder, named = training_args.output_dir, training_args.resume_from_checkpoint
-    check_results(model_args, training_args)
-    if not training_args.do_train:
-        return 0, None
-    own = [] if training_args.overwrite_output_dir else list_checkpoints(folder)
-    start = own[-1] if own else (0, None)
+    args, folder, named = training_args, training_args.output_dir, training_args.resume_from_checkpoint
+    check_results(model_args, args)
+    if not args.do_train:
+        return None
+    own = [] if args.overwrite_output_dir else list_checkpoints(folder)
+    step, checkpoint = own[-1] if own else (0, None)
     if named and named.lower() != "true":
         state = read_state(named)
         if not state or not has_optimizer(named):
             raise UserError(f"--resume_from_checkpoint {named}: no complete checkpoint of this script is there")
-        if own and not os.path.samefile(own[-1][1], named):
-            cause = f"--output_dir {folder} continues from its newest checkpoint, {own[-1][1]}"
+        if own and not os.path.samefile(checkpoint, named):
+            cause = f"--output_dir {folder} continues from its newest checkpoint, {checkpoint}"
             raise UserError(f"--resume_from_checkpoint {named}: {cause}; omit this flag, or use another folder")
-        start = state["global_step"], os.path.abspath(named)
-    if 0 < training_args.max_steps < start[0]:
-        raise UserError(f"{start[1]} is already past --max_steps {training_args.max_steps}")
-    check_output_dir(training_args, own)
-    note_old_run(start[1], own, model_args, data_args, training_args)
-    return start
+        step, checkpoint = state["global_step"], os.path.abspath(named)
+    if 0 < args.max_steps < step:
+        raise UserError(f"{checkpoint} is already past --max_steps {args.max_steps}")
+    check_output_dir(args, own)
+    flags = flag_paths((model_args, data_args, args))
+    args.old_run = find_old_run(folder, checkpoint, own)
+    args.named_checkpoints = [path for path in checkpoint_folders(folder) if os.path.realpath(path) in flags]
+    for path in args.old_run:
+        if flag := flags.get(os.path.realpath(path)):
+            cause = f"the run would delete {path}, which --{flag} reads"
+            raise UserError(f"--output_dir {folder}: {cause}; use another folder")
+    return checkpoint
 
 
 def check_results(model_args, args):
@@ -2221,25 +2239,17 @@ def check_output_dir(args, own):
         raise UserError(f"--output_dir {folder} is not empty; use another folder or --overwrite_output_dir")
 
 
-def note_old_run(checkpoint, own, *groups):
-    """Set `old_run`, the paths that the run replaces, and `named_checkpoints`, the checkpoints that flags name.
-
-    Raises `UserError` if a flag reads something that would be deleted.
-    """
-    args, folder = groups[-1], groups[-1].output_dir
-    folders, flags = checkpoint_folders(folder), flag_paths(groups)
-    args.old_run = [path for name in (*RESULTS, "arguments.json") if os.path.isfile(path := os.path.join(folder, name))]
-    if not own:
-        for charts in ("logs", "runs", "runs/*"):
-            args.old_run += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
-        kept = needed_checkpoints(checkpoint) if checkpoint else set()
-        replaced = [path for path, state in folders.items() if state is not False]
-        args.old_run += [path for path in replaced if os.path.realpath(path) not in kept]
-    for path in args.old_run:
-        if flag := flags.get(os.path.realpath(path)):
-            cause = f"the run would delete {path}, which --{flag} reads"
-            raise UserError(f"--output_dir {folder}: {cause}; use another folder")
-    args.named_checkpoints = [path for path in folders if os.path.realpath(path) in flags]
+def find_old_run(folder, checkpoint, own):
+    """Return the paths in a folder that a run replaces: the results and, unless it continues there, all of a run."""
+    paths = [os.path.join(folder, name) for name in (*RESULTS, "arguments.json")]
+    found = [path for path in paths if os.path.isfile(path)]
+    if own:
+        return found
+    for charts in ("logs", "runs", "runs/*"):
+        found += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
+    kept = needed_checkpoints(checkpoint) if checkpoint else set()
+    replaced = [path for path, state in checkpoint_folders(folder).items() if state is not False]
+    return found + [path for path in replaced if os.path.realpath(path) not in kept]
 
 
 def flag_paths(groups):
@@ -2254,7 +2264,7 @@ def flag_paths(groups):
 
 
 def needed_checkpoints(checkpoint):
-    """Return the real paths of a checkpoint and its best one, where its state says or, if moved, beside it."""
+    """Return the real paths of a checkpoint and of its best one: where its state says, and, if moved, beside it."""
     best = read_state(checkpoint).get("best_model_checkpoint") or checkpoint
     beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(best))
     return {os.path.realpath(path) for path in (checkpoint, best, beside)}
@@ -2263,7 +2273,7 @@ def needed_checkpoints(checkpoint):
 def replace_old_run(args, trained=True):
     """Delete what the run replaces, right before its first checkpoint or model.
 
-    A finished run that has nothing left to train, so that `trained` is false, keeps its results.
+    If there was nothing left to train (`trained` is false), a finished run keeps its results.
     """
     finished = os.path.exists(os.path.join(args.output_dir, "train_results.json")) and not args.overwrite_output_dir
     if args.writes_results and (trained or not finished):
@@ -2273,13 +2283,13 @@ def replace_old_run(args, trained=True):
 
 
 def follow_umask(folder):
-    """Give weights the mode of the other files of a model: `safetensors` makes them readable by their owner alone."""
+    """Give weights the mode of a model's other files: `safetensors` lets only their owner read them."""
     for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
         shutil.copymode(os.path.join(folder, "config.json"), path)
 
 
-def keep_results(args, metrics):
-    """Return the results of the training; if an earlier command has finished it, those that it saved."""
+def training_results(args, metrics):
+    """Return the results of the training: the saved ones if an earlier command has finished it, or else `metrics`."""
     path = os.path.join(args.output_dir, "train_results.json")
     return read_json_object(path) if args.writes_results and os.path.exists(path) else metrics
 
@@ -2287,7 +2297,8 @@ def keep_results(args, metrics):
 def rotate_checkpoints(args, limit, step):
     """Delete the oldest checkpoints above a limit once that of `step` is written.
 
-    It keeps the best one and those that a flag names. If this one has an optimizer state, it counts only such.
+    Keeps the best one and those that a flag names. If the new one has an optimizer state, only such checkpoints count,
+    otherwise only those without.
     """
     if limit is None or not args.writes_results:
         return
@@ -2300,7 +2311,7 @@ def rotate_checkpoints(args, limit, step):
 
 
 def delete(path):
-    """Delete a file, or a checkpoint: its state first, so that it is unfinished if the process is killed here."""
+    """Delete a file, or a checkpoint: its state first, so that a kill in between leaves an unfinished one."""
     with user_errors(f"{path} cannot be deleted"), contextlib.suppress(FileNotFoundError):
         if not os.path.isdir(path):
             os.remove(path)
@@ -2326,38 +2337,36 @@ def output_lock(training_args):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT in `received` and ends the program; while `deferred`, it leaves that to the training.
+    """Notes SIGTERM and SIGINT in `number` and ends the program; while `deferred`, it leaves that to the training.
 
     A further SIGTERM changes nothing. A second Ctrl-C, seconds after the first, ends the program without a checkpoint.
     """
 
     def __enter__(self):
-        self.received, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
-        self.process = os.getpid()
+        self.number, self.time, self.deferred, self.process = 0, 0.0, False, os.getpid()
         in_main_thread = threading.current_thread() is threading.main_thread()  # Only the main thread can set handlers.
         numbers = STOP_SIGNALS if in_main_thread else ()
         self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def __exit__(self, kind, error, traceback):
-        stopped = self.received and kind and not (self.deferred and issubclass(kind, UserError))
-        if stopped:
-            logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if stopped and not self.deferred:  # Compiled code may have replaced the exit by its own exception.
-            raise SystemExit(128 + self.received)
+        try:
+            if self.number and kind and not self.deferred:  # Compiled code may have raised an exception of its own.
+                self.stop(self.number)
+        finally:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
 
     def handle(self, number, frame):
         """Handle a signal."""
-        again = number == self.received == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
+        again = number == self.number == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
         if os.getpid() != self.process and self.deferred:
             return  # A worker, which the main process ends.
         if os.getpid() != self.process or again:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif not self.received:
-            self.received, self.time = number, time.monotonic()
+        elif not self.number:
+            self.number, self.time = number, time.monotonic()
             if not self.deferred:
                 raise SystemExit(128 + number)
             name = signal.Signals(number).name  # Not logged: the signal may have interrupted the logger.
@@ -2367,14 +2376,14 @@ class StopSignals:
     def defer(self):
         """Within the block, only note signals; the block itself calls `stop`."""
         self.deferred = True
-        if self.received:  # A destructor can swallow the exception of `handle`.
-            self.stop(self.received, "")
+        if self.number:  # A destructor can swallow the exception of `handle`.
+            self.stop(self.number)
         yield
-        self.deferred = False  # Not after an exception: `__exit__` leaves those of the training as they are.
+        self.deferred = False  # Still true after an exception: `__exit__` does not replace what the training raises.
 
-    def stop(self, number, outcome):
-        """End the program because of a signal to this or another process."""
-        self.received, self.outcome = number, outcome
+    def stop(self, number, outcome=""):
+        """Log a signal to this or another process and end the program."""
+        logger.info(f"Stopped by {signal.Signals(number).name}{outcome}.")
         raise SystemExit(128 + number)
 
 
@@ -2455,6 +2464,12 @@ class LossSums:
         return (self.reported + self.since_report) / max(1, self.steps_reported + self.steps_since_report)
 
 
+def masking_settings(data_args, training_args):
+    """Return the arguments of the masking collator: the masking flags, which have the names of its fields."""
+    names = [item.name for item in fields(MaskingCollator) if hasattr(data_args, item.name)]
+    return {"seed": training_args.seed, **{name: getattr(data_args, name) for name in names}}
+
+
 def run_settings(data_args, training_args, max_seq_length, dataset):
     """Return the settings that order and masks of the samples depend on, for a checkpoint."""
     settings = {name: getattr(data_args, name) for name in ("line_by_line", "streaming", "whole_word_mask")}
@@ -2466,17 +2481,15 @@ def run_settings(data_args, training_args, max_seq_length, dataset):
 
 def run_state(plan, losses, settings, step):
     """Return what a checkpoint after a step holds besides model and optimizer."""
-    position = plan.position(step)
-    block = plan.dataset.block_at(position.sample) if plan.is_stream else None
-    return {"position": position, "block": block, "losses": asdict(losses), "settings": settings}
+    block = plan.dataset.blocks[0] if plan.is_stream else None
+    return {"position": plan.position(step), "block": block, "losses": asdict(losses), "settings": settings}
 
 
 def resume_run(dataset, args, settings, checkpoint):
     """Return (`RunPlan`, `LossSums`) of a new run, or of one that continues from a checkpoint."""
     if checkpoint is None:
         return RunPlan(dataset, args), LossSums()
-    with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-        state = json.load(file)
+    state = read_state(checkpoint)
     run = (state.get("stateful_callbacks") or {}).get("run") or {}  # Earlier versions did not write it.
     if isinstance(dataset, StreamedDataset) and run.get("block"):
         dataset.start(run["block"])
@@ -2488,12 +2501,10 @@ def resume_run(dataset, args, settings, checkpoint):
 
 
 def build_trainer(model_args, data_args, training_args, model, tokenizer, tokenized, max_seq_length):
-    """Return the `Trainer`."""
-    settings = {name: getattr(data_args, name) for name in MaskingCollator.__annotations__ if hasattr(data_args, name)}
+    """Return the trainer; raises `UserError` if the model fails on a batch, or the Trainer with its arguments."""
     collator = MaskedLMCollator(
         tokenizer,
-        **settings,
-        seed=training_args.seed,
+        **masking_settings(data_args, training_args),
         pad_to_multiple_of=8 if training_args.fp16 else None,
         length=max_seq_length if data_args.pad_to_max_length else 0,
         max_seq_length=max_seq_length,
@@ -2521,7 +2532,7 @@ def build_trainer(model_args, data_args, training_args, model, tokenizer, tokeni
         )
     trainer.remove_callback(PrinterCallback)  # `log_report` does this.
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, TensorBoardCallback):  # If it only evaluates, it would write to the current folder.
+        if isinstance(callback, TensorBoardCallback):  # Without training, it would write to the current folder.
             callback.logging_dir = callback.logging_dir or os.path.join(training_args.output_dir, "runs")
     return trainer
 
@@ -2549,9 +2560,9 @@ def train(trainer, checkpoint, signals):
         replace_old_run(args, trained=trainer.state.global_step > trainer.plan.first_step)
         with write_errors(args.output_dir, "the model"):
             trainer.save_model(_internal_call=True)  # Without an upload: `publish` does that.
-        if received := callback.received():
-            signals.stop(received, " after the last step; the model is saved")
-    metrics = keep_results(args, {**metrics, "train_samples": len(trainer.train_dataset)})
+        if stop_signal := callback.any_signal():
+            signals.stop(stop_signal, " after the last step; the model is saved")
+    metrics = training_results(args, {**metrics, "train_samples": len(trainer.train_dataset)})
     last = trainer.state.log_history[-1]
     last.update({name: metrics[name] for name in last if name in metrics})
     trainer.log_metrics("train", metrics)
@@ -2562,10 +2573,9 @@ def train(trainer, checkpoint, signals):
 
 def evaluate(trainer):
     """Evaluate on all validation samples and return the metrics."""
-    metrics = trainer.evaluate()
+    metrics = result_names(trainer.evaluate())
     for name in ("eval_model_preparation_time",) if trainer.args.do_train else ("eval_model_preparation_time", "epoch"):
-        metrics.pop(name, None)  # Only without a training before; the Trainer calls that epoch 0.
-    metrics["perplexity"] = metrics.pop("eval_perplexity")
+        metrics.pop(name, None)  # Without training, the Trainer reports epoch 0.
     metrics["eval_samples"] = len(trainer.eval_dataset)
     trainer.log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
@@ -2594,9 +2604,7 @@ def show_predictions(trainer):
 def publish(trainer, groups, metrics):
     """Write the model card and, with `--push_to_hub`, upload the model, its card and the results."""
     if trainer.args.should_save:
-        tokenized = {"train": trainer.train_dataset, "validation": trainer.eval_dataset}
-        tokenized = {split: data for split, data in tokenized.items() if data is not None}
-        write_card(trainer.settings, groups, tokenized, trainer.state.log_history, metrics)
+        write_card(trainer, groups, trainer.state.log_history, metrics)
     if trainer.args.push_to_hub:
         with user_errors(f"--push_to_hub failed; the model is saved in {trainer.args.output_dir}"):
             trainer.push_to_hub()
@@ -2626,8 +2634,8 @@ def ending_together(args, signals):
         yield
     except Exception as error:
         if args.world_size > 1 and is_lost_connection(error):
-            if signals.received:  # The other process has, too.
-                signals.stop(signals.received, "; another process has ended, so no checkpoint is saved")
+            if signals.number:  # The other process has, too.
+                signals.stop(signals.number, "; another process has ended, so no checkpoint is saved")
             raise UserError("another process of this run has ended; see its error") from error
         raise
 
@@ -2648,17 +2656,40 @@ def hub_client():
     return client
 
 
-def write_card(order_settings, groups, tokenized, history, metrics):
+def write_card(trainer, groups, history, metrics):
     """Write the model card and `arguments.json`, which repeats the run if it is the first argument of the script.
 
     The card is public: it names no folder of this machine. `history` is the log history.
     """
     model_args, data_args, args = groups
-    base, dataset, script = model_args.model_name_or_path, data_args.dataset_name, Path(__file__).name
+    base, script = model_args.model_name_or_path, Path(__file__).name
     name = os.path.basename(os.path.abspath(args.hub_model_id or args.output_dir))
-    source = public_files(dataset or data_args.validation_file or data_args.train_file)
-    results = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
-    found = {kind: metrics[key] for kind, key in results.items() if math.isfinite(metrics.get(key, math.inf))}
+    origin = f"It started from {public_names(base)[0]}" if base else "It started with random weights"
+    keys = "eval_loss", "eval_accuracy", "perplexity"
+    known = [key for key in keys if key in metrics and math.isfinite(metrics[key])]
+    results = {key.removeprefix("eval_"): metrics[key] for key in known}
+    evaluations = [[entry["step"], *(entry.get(key, "") for key in keys)] for entry in history if "eval_loss" in entry]
+    sections = [
+        f"---\n{card_metadata(name, groups, results)}\n---",
+        f"# {name}\n\nA masked language model, trained with `{script}`. {origin}.",
+        "\n".join(f"- {kind}: {value:.4g}" for kind, value in results.items()),
+        "## Data\n\n" + describe_data(trainer, data_args),
+        "## Settings\n\n" + table(["setting", "value"], card_settings(trainer, groups, history[-1]["step"])),
+        "## Evaluations\n\n" + table(["step", *keys], evaluations) if evaluations else "",
+        f"## Command\n\n    {command_line(script, args.given)}",
+    ]
+    with write_errors(args.output_dir, "the model card"):
+        arguments = json.dumps(args.given, indent=2, ensure_ascii=False)
+        Path(args.output_dir, "arguments.json").write_text(arguments, encoding="utf-8")
+        card = "\n\n".join(section for section in sections if section)
+        Path(args.output_dir, "README.md").write_text(card + "\n", encoding="utf-8")
+
+
+def card_metadata(name, groups, results):
+    """Return what the hub reads of a card, as YAML; `results` are the evaluation's, by the hub's names."""
+    base, dataset = groups[0].model_name_or_path, groups[1].dataset_name
+    source = " ".join(public_names(dataset or groups[1].validation_file or groups[1].train_file))
+    found = [EvalResult("fill-mask", source, source, kind, value) for kind, value in results.items()]
     card = ModelCardData(
         model_name=name,
         library_name="transformers",
@@ -2666,35 +2697,43 @@ def write_card(order_settings, groups, tokenized, history, metrics):
         tags=["masked-language-modeling"],
         base_model=None if is_local(base or "") else base,
         datasets=None if is_local(dataset or "") else dataset,
-        eval_results=[EvalResult("fill-mask", source, source, kind, value) for kind, value in found.items()] or None,
+        eval_results=found or None,
     )
-    origin = f"It started from {public_name(base)}" if base else "It started with random weights"
-    files = {"train": data_args.train_file, "validation": data_args.validation_file or data_args.train_file}
-    sizes = [
-        f"- {split}: {public_files(dataset or files[split])}, {describe_split(tokenized[split])}" for split in tokenized
-    ]
-    keys = "mlm_probability mask_replace_prob random_replace_prob learning_rate lr_scheduler_type weight_decay".split()
-    settings = {key: getattr(data_args, key, getattr(args, key, None)) for key in keys}
+    return card.to_yaml()
+
+
+def describe_data(trainer, data_args):
+    """Return a line about the text of each split: where it is from, and how much it is."""
+    lines = []
+    for split, dataset in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+        source = data_args.dataset_name or getattr(data_args, f"{split}_file") or data_args.train_file
+        if isinstance(dataset, StreamedDataset):
+            size = f"a stream, of which {dataset.num_samples:,} samples with {dataset.num_tokens:,} tokens were read"
+        elif dataset:
+            size = f"{len(dataset):,} samples, {dataset.lengths.sum():,} tokens"
+        else:
+            continue
+        lines.append(f"- {split}: {' '.join(public_names(source))}, {size}")
+    return "\n".join(lines)
+
+
+def card_settings(trainer, groups, num_steps):
+    """Return [(setting, value)]: what changes the result of a run, whether or not a flag was given for it."""
+    _, data_args, args = groups
+    masking = ("mlm_probability", "mask_replace_prob", "random_replace_prob")
+    settings = {name: getattr(data_args, name) for name in masking}
+    settings |= {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
     settings["lr_scheduler_type"] = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    settings |= {**order_settings, "global_batch_size": args.global_batch_size, "steps": history[-1]["step"]}
-    evaluated = [entry for entry in history if "eval_loss" in entry]
-    evaluations = [[entry["step"], *(entry.get(f"eval_{kind}", "") for kind in results)] for entry in evaluated]
+    settings |= {**trainer.settings, "global_batch_size": args.global_batch_size, "steps": num_steps}
+    return settings.items()
+
+
+def command_line(script, given):
+    """Return the command of the run, without folders of this machine."""
     words = ["python", script]
-    for key, value in args.given.items():
-        words += [f"--{key}", *map(public_name, value if isinstance(value, list) else [value])]
-    sections = [
-        f"---\n{card.to_yaml()}\n---\n\n# {name}\n\nA masked language model, trained with `{script}`. {origin}.",
-        "\n".join(f"- {kind}: {value:.4g}" for kind, value in found.items()),
-        "## Data\n\n" + "\n".join(sizes),
-        "## Settings\n\n" + table(["setting", "value"], settings.items()),
-        "## Evaluations\n\n" + table(["step", *results], evaluations) if evaluations else "",
-        f"## Command\n\n    {shlex.join(words)}",
-    ]
-    with write_errors(args.output_dir, "the model card"):
-        with open(os.path.join(args.output_dir, "arguments.json"), "w", encoding="utf-8") as file:
-            json.dump(args.given, file, indent=2, ensure_ascii=False)
-        with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:
-            file.write("\n\n".join(filter(None, sections)) + "\n")
+    for name, value in given.items():
+        words += [f"--{name}", *public_names(value)]
+    return shlex.join(words)
 
 
 def table(names, rows):
@@ -2704,27 +2743,10 @@ def table(names, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def describe_split(dataset):
-    """Return the size of a split in words."""
-    if isinstance(dataset, StreamedDataset):
-        return f"a stream, of which {dataset.num_samples:,} samples with {dataset.num_tokens:,} tokens were read"
-    return f"{len(dataset):,} samples, {dataset.lengths.sum():,} tokens"
-
-
-def public_name(value):
-    """Return a setting for a public card: for a file or folder on this machine, only its base name."""
-    value = str(value)
-    return os.path.basename(os.path.abspath(value)) if os.path.sep in value and is_local(value) else value
-
-
-def public_files(names):
-    """Return the public names of files, or of one data set, as one text."""
-    return " ".join(map(public_name, file_names(names)))
-
-
-def published_files(tokenizer):
-    """Return patterns of the files of an output folder that an upload sends."""
-    return [*PUBLISHED, *tokenizer.vocab_files_names.values()]
+def public_names(values):
+    """Return a setting, or a list of them, as words for a public card: paths on this machine as their base names."""
+    words = map(str, values if isinstance(values, list) else [values])
+    return [os.path.basename(os.path.abspath(word)) if os.sep in word and is_local(word) else word for word in words]
 
 
 def is_local(name):
@@ -2746,7 +2768,7 @@ def main(argv=None):
         output_lock(training_args),
         logging_redirect_tqdm(),
     ):
-        _, checkpoint = find_checkpoint(model_args, data_args, training_args)
+        checkpoint = find_checkpoint(model_args, data_args, training_args)
         tokenizer = load_tokenizer(model_args)
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)
         config = load_config(model_args, tokenizer)

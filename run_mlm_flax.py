@@ -45,7 +45,7 @@ import tempfile
 import threading
 import time
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
 
@@ -69,7 +69,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import EvalResult, HfApi, ModelCardData, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from jax import lax
-from jax._src import distributed  # There is no public way to the coordination service, which Orbax uses too.
+from jax._src import compilation_cache, distributed, lru_cache  # There is no public way to what is used of these.
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.flax import load_file
@@ -364,7 +364,7 @@ class TrainingArguments:
         self.drop_last_step = self.dataloader_drop_last
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # Bars would leave fragments in a file.
-        self.old_run, self.named_checkpoints = [], []  # Set by `note_old_run`.
+        self.old_run, self.named_checkpoints = [], []  # Set by `find_checkpoint`.
         self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs or "{}")
         if not isinstance(self.lr_scheduler_kwargs, dict):
             raise InputError("--lr_scheduler_kwargs must be a JSON object")
@@ -721,7 +721,7 @@ def cache_texts(read, paths, settings, cache_dir, overwrite):
     """Return the texts of files as a data set in the cache; write it first if it is missing, or with `overwrite`."""
     folder = os.path.join(cache_dir or datasets.config.HF_DATASETS_CACHE, "texts")
     os.makedirs(folder, exist_ok=True)
-    key = datasets.fingerprint.Hasher.hash([settings, [file_version(path) for path in paths]])
+    key = datasets.fingerprint.Hasher.hash([settings, [file_fingerprint(path) for path in paths]])
     path = os.path.join(folder, f"{key}.arrow")
     with filelock.FileLock(f"{path}.lock"):
         if overwrite or not os.path.exists(path):
@@ -733,7 +733,7 @@ def cache_texts(read, paths, settings, cache_dir, overwrite):
         return datasets.Dataset.from_file(path)
 
 
-def file_version(path):
+def file_fingerprint(path):
     """Return what changes with the content of a file, for the key of the cache."""
     if "://" in path:
         system, name = fsspec.core.url_to_fs(path)
@@ -1266,11 +1266,10 @@ class StreamedDataset:
                 raise UserError(f"the train data holds no sample: {remedies}")
             block = {**block, "epoch": block["epoch"] + 1, **self.beginning}
 
-    def block_at(self, number):
-        """Return the place of the block that holds sample `number`, and forget the blocks before it."""
+    def forget_blocks_before(self, number):
+        """Forget the blocks before the one that holds sample `number`, which is then the first of `blocks`."""
         while len(self.blocks) > 1 and self.blocks[1]["first"] <= number:
             self.blocks.pop(0)
-        return self.blocks[0]
 
 
 def group_by_length(order, lengths, batch_size):
@@ -2114,7 +2113,7 @@ def create_learning_rate_scheduler(
     steps_per_cycle=100000,
 ):
     """Return step -> learning rate: the product of named factors (Flax, examples/lm1b); `InputError` if unknown."""
-    warmup = max(1, warmup_steps)  # Where it divides.
+    warmup = max(1, warmup_steps)  # The divisor.
 
     def linear_warmup(step):
         return jnp.minimum(1.0, step / warmup) if warmup_steps else 1.0
@@ -2144,13 +2143,13 @@ def warmup_stable_decay(rate, warmup, num_steps, num_decay_steps, decay_type="co
         raise InputError(f"decay_type {decay_type} is not linear, cosine or 1-sqrt")
     if type(num_decay_steps) is not int or not isinstance(min_lr_ratio, (int, float)):
         raise InputError(f"num_decay_steps {num_decay_steps} or min_lr_ratio {min_lr_ratio} is not a number")
-    length, height = max(1, num_decay_steps), 1 - min_lr_ratio
+    length = max(1, num_decay_steps)
 
     def schedule(step):
         done = jnp.clip((step - num_steps + num_decay_steps) / length, 0, 1)
         decay = {"linear": 1 - done, "cosine": (1 + jnp.cos(jnp.pi * done)) / 2, "1-sqrt": 1 - jnp.sqrt(done)}
         factor = jnp.where(step < warmup, step / max(1, warmup), decay[decay_type])
-        return rate * (min_lr_ratio + height * factor)
+        return rate * (min_lr_ratio + (1 - min_lr_ratio) * factor)
 
     return schedule
 
@@ -2212,7 +2211,7 @@ def cross_entropy(logits, targets, weights=None, label_smoothing=0.0):
     """
     check_shapes(logits, targets)
     logits = logits.astype(jnp.float32)
-    # Not by indices, whose gradient would be a scatter into zeros as large as the logits.
+    # A comparison, because the gradient of indexing would be a scatter into zeros as large as the logits.
     is_target = jnp.arange(logits.shape[-1]) == targets[..., None]
     loss = jax.nn.logsumexp(logits, axis=-1) - jnp.where(is_target, logits, 0).sum(-1)
     if label_smoothing > 0:
@@ -2366,29 +2365,36 @@ def list_checkpoints(folder):
 
 
 def find_checkpoint(model_args, data_args, training_args):
-    """Return (step, path) of the checkpoint to resume from, or (0, None) to start a new run.
+    """Return the checkpoint to resume from, or None to start a new run, and note what the run may delete.
 
-    Raises `UserError` if the run would overwrite or delete what is not its own.
+    Sets `old_run`, the paths that the run replaces, and `named_checkpoints`, the checkpoints that flags name. Raises
+    `UserError` if the run would overwrite or delete what is not its own, or what a flag reads.
     """
-    folder, named = training_args.output_dir, training_args.resume_from_checkpoint
-    check_results(model_args, training_args)
-    if not training_args.do_train:
-        return 0, None
-    own = [] if training_args.overwrite_output_dir else list_checkpoints(folder)
-    start = own[-1] if own else (0, None)
+    args, folder, named = training_args, training_args.output_dir, training_args.resume_from_checkpoint
+    check_results(model_args, args)
+    if not args.do_train:
+        return None
+    own = [] if args.overwrite_output_dir else list_checkpoints(folder)
+    step, checkpoint = own[-1] if own else (0, None)
     if named and named.lower() != "true":
         state = read_state(named)
         if not state or not has_optimizer(named):
             raise UserError(f"--resume_from_checkpoint {named}: no complete checkpoint of this script is there")
-        if own and not os.path.samefile(own[-1][1], named):
-            cause = f"--output_dir {folder} continues from its newest checkpoint, {own[-1][1]}"
+        if own and not os.path.samefile(checkpoint, named):
+            cause = f"--output_dir {folder} continues from its newest checkpoint, {checkpoint}"
             raise UserError(f"--resume_from_checkpoint {named}: {cause}; omit this flag, or use another folder")
-        start = state["global_step"], os.path.abspath(named)
-    if 0 < training_args.max_steps < start[0]:
-        raise UserError(f"{start[1]} is already past --max_steps {training_args.max_steps}")
-    check_output_dir(training_args, own)
-    note_old_run(start[1], own, model_args, data_args, training_args)
-    return start
+        step, checkpoint = state["global_step"], os.path.abspath(named)
+    if 0 < args.max_steps < step:
+        raise UserError(f"{checkpoint} is already past --max_steps {args.max_steps}")
+    check_output_dir(args, own)
+    flags = flag_paths((model_args, data_args, args))
+    args.old_run = find_old_run(folder, checkpoint, own)
+    args.named_checkpoints = [path for path in checkpoint_folders(folder) if os.path.realpath(path) in flags]
+    for path in args.old_run:
+        if flag := flags.get(os.path.realpath(path)):
+            cause = f"the run would delete {path}, which --{flag} reads"
+            raise UserError(f"--output_dir {folder}: {cause}; use another folder")
+    return checkpoint
 
 
 def check_results(model_args, args):
@@ -2415,25 +2421,17 @@ def check_output_dir(args, own):
         raise UserError(f"--output_dir {folder} is not empty; use another folder or --overwrite_output_dir")
 
 
-def note_old_run(checkpoint, own, *groups):
-    """Set `old_run`, the paths that the run replaces, and `named_checkpoints`, the checkpoints that flags name.
-
-    Raises `UserError` if a flag reads something that would be deleted.
-    """
-    args, folder = groups[-1], groups[-1].output_dir
-    folders, flags = checkpoint_folders(folder), flag_paths(groups)
-    args.old_run = [path for name in (*RESULTS, "arguments.json") if os.path.isfile(path := os.path.join(folder, name))]
-    if not own:
-        for charts in ("logs", "runs", "runs/*"):
-            args.old_run += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
-        kept = needed_checkpoints(checkpoint) if checkpoint else set()
-        replaced = [path for path, state in folders.items() if state is not False]
-        args.old_run += [path for path in replaced if os.path.realpath(path) not in kept]
-    for path in args.old_run:
-        if flag := flags.get(os.path.realpath(path)):
-            cause = f"the run would delete {path}, which --{flag} reads"
-            raise UserError(f"--output_dir {folder}: {cause}; use another folder")
-    args.named_checkpoints = [path for path in folders if os.path.realpath(path) in flags]
+def find_old_run(folder, checkpoint, own):
+    """Return the paths in a folder that a run replaces: the results and, unless it continues there, all of a run."""
+    paths = [os.path.join(folder, name) for name in (*RESULTS, "arguments.json")]
+    found = [path for path in paths if os.path.isfile(path)]
+    if own:
+        return found
+    for charts in ("logs", "runs", "runs/*"):
+        found += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
+    kept = needed_checkpoints(checkpoint) if checkpoint else set()
+    replaced = [path for path, state in checkpoint_folders(folder).items() if state is not False]
+    return found + [path for path in replaced if os.path.realpath(path) not in kept]
 
 
 def flag_paths(groups):
@@ -2448,7 +2446,7 @@ def flag_paths(groups):
 
 
 def needed_checkpoints(checkpoint):
-    """Return the real paths of a checkpoint and its best one, where its state says or, if moved, beside it."""
+    """Return the real paths of a checkpoint and of its best one: where its state says, and, if moved, beside it."""
     best = read_state(checkpoint).get("best_model_checkpoint") or checkpoint
     beside = os.path.join(os.path.dirname(checkpoint), os.path.basename(best))
     return {os.path.realpath(path) for path in (checkpoint, best, beside)}
@@ -2457,7 +2455,7 @@ def needed_checkpoints(checkpoint):
 def replace_old_run(args, trained=True):
     """Delete what the run replaces, right before its first checkpoint or model.
 
-    A finished run that has nothing left to train, so that `trained` is false, keeps its results.
+    If there was nothing left to train (`trained` is false), a finished run keeps its results.
     """
     finished = os.path.exists(os.path.join(args.output_dir, "train_results.json")) and not args.overwrite_output_dir
     if args.writes_results and (trained or not finished):
@@ -2467,13 +2465,13 @@ def replace_old_run(args, trained=True):
 
 
 def follow_umask(folder):
-    """Give weights the mode of the other files of a model: `safetensors` makes them readable by their owner alone."""
+    """Give weights the mode of a model's other files: `safetensors` lets only their owner read them."""
     for path in glob.glob(os.path.join(glob.escape(folder), "*.safetensors")):
         shutil.copymode(os.path.join(folder, "config.json"), path)
 
 
-def keep_results(args, metrics):
-    """Return the results of the training; if an earlier command has finished it, those that it saved."""
+def training_results(args, metrics):
+    """Return the results of the training: the saved ones if an earlier command has finished it, or else `metrics`."""
     path = os.path.join(args.output_dir, "train_results.json")
     return read_json_object(path) if args.writes_results and os.path.exists(path) else metrics
 
@@ -2481,7 +2479,8 @@ def keep_results(args, metrics):
 def rotate_checkpoints(args, limit, step):
     """Delete the oldest checkpoints above a limit once that of `step` is written.
 
-    It keeps the best one and those that a flag names. If this one has an optimizer state, it counts only such.
+    Keeps the best one and those that a flag names. If the new one has an optimizer state, only such checkpoints count,
+    otherwise only those without.
     """
     if limit is None or not args.writes_results:
         return
@@ -2494,7 +2493,7 @@ def rotate_checkpoints(args, limit, step):
 
 
 def delete(path):
-    """Delete a file, or a checkpoint: its state first, so that it is unfinished if the process is killed here."""
+    """Delete a file, or a checkpoint: its state first, so that a kill in between leaves an unfinished one."""
     with user_errors(f"{path} cannot be deleted"), contextlib.suppress(FileNotFoundError):
         if not os.path.isdir(path):
             os.remove(path)
@@ -2520,38 +2519,36 @@ def output_lock(training_args):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT in `received` and ends the program; while `deferred`, it leaves that to the training.
+    """Notes SIGTERM and SIGINT in `number` and ends the program; while `deferred`, it leaves that to the training.
 
     A further SIGTERM changes nothing. A second Ctrl-C, seconds after the first, ends the program without a checkpoint.
     """
 
     def __enter__(self):
-        self.received, self.time, self.deferred, self.outcome = 0, 0.0, False, ""
-        self.process = os.getpid()
+        self.number, self.time, self.deferred, self.process = 0, 0.0, False, os.getpid()
         in_main_thread = threading.current_thread() is threading.main_thread()  # Only the main thread can set handlers.
         numbers = STOP_SIGNALS if in_main_thread else ()
         self.previous = {number: signal.signal(number, self.handle) for number in numbers}
         return self
 
     def __exit__(self, kind, error, traceback):
-        stopped = self.received and kind and not (self.deferred and issubclass(kind, UserError))
-        if stopped:
-            logger.info(f"Stopped by {signal.Signals(self.received).name}{self.outcome}.")
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        if stopped and not self.deferred:  # Compiled code may have replaced the exit by its own exception.
-            raise SystemExit(128 + self.received)
+        try:
+            if self.number and kind and not self.deferred:  # Compiled code may have raised an exception of its own.
+                self.stop(self.number)
+        finally:
+            for number, handler in self.previous.items():
+                signal.signal(number, handler)
 
     def handle(self, number, frame):
         """Handle a signal."""
-        again = number == self.received == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
+        again = number == self.number == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
         if os.getpid() != self.process and self.deferred:
             return  # A worker, which the main process ends.
         if os.getpid() != self.process or again:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        elif not self.received:
-            self.received, self.time = number, time.monotonic()
+        elif not self.number:
+            self.number, self.time = number, time.monotonic()
             if not self.deferred:
                 raise SystemExit(128 + number)
             name = signal.Signals(number).name  # Not logged: the signal may have interrupted the logger.
@@ -2561,14 +2558,14 @@ class StopSignals:
     def defer(self):
         """Within the block, only note signals; the block itself calls `stop`."""
         self.deferred = True
-        if self.received:  # A destructor can swallow the exception of `handle`.
-            self.stop(self.received, "")
+        if self.number:  # A destructor can swallow the exception of `handle`.
+            self.stop(self.number)
         yield
-        self.deferred = False  # Not after an exception: `__exit__` leaves those of the training as they are.
+        self.deferred = False  # Still true after an exception: `__exit__` does not replace what the training raises.
 
-    def stop(self, number, outcome):
-        """End the program because of a signal to this or another process."""
-        self.received, self.outcome = number, outcome
+    def stop(self, number, outcome=""):
+        """Log a signal to this or another process and end the program."""
+        logger.info(f"Stopped by {signal.Signals(number).name}{outcome}.")
         raise SystemExit(128 + number)
 
 
@@ -2649,6 +2646,12 @@ class LossSums:
         return (self.reported + self.since_report) / max(1, self.steps_reported + self.steps_since_report)
 
 
+def masking_settings(data_args, training_args):
+    """Return the arguments of the masking collator: the masking flags, which have the names of its fields."""
+    names = [item.name for item in fields(MaskingCollator) if hasattr(data_args, item.name)]
+    return {"seed": training_args.seed, **{name: getattr(data_args, name) for name in names}}
+
+
 def run_settings(data_args, training_args, max_seq_length, dataset):
     """Return the settings that order and masks of the samples depend on, for a checkpoint."""
     settings = {name: getattr(data_args, name) for name in ("line_by_line", "streaming", "whole_word_mask")}
@@ -2660,17 +2663,15 @@ def run_settings(data_args, training_args, max_seq_length, dataset):
 
 def run_state(plan, losses, settings, step):
     """Return what a checkpoint after a step holds besides model and optimizer."""
-    position = plan.position(step)
-    block = plan.dataset.block_at(position.sample) if plan.is_stream else None
-    return {"position": position, "block": block, "losses": asdict(losses), "settings": settings}
+    block = plan.dataset.blocks[0] if plan.is_stream else None
+    return {"position": plan.position(step), "block": block, "losses": asdict(losses), "settings": settings}
 
 
 def resume_run(dataset, args, settings, checkpoint):
     """Return (`RunPlan`, `LossSums`) of a new run, or of one that continues from a checkpoint."""
     if checkpoint is None:
         return RunPlan(dataset, args), LossSums()
-    with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-        state = json.load(file)
+    state = read_state(checkpoint)
     run = (state.get("stateful_callbacks") or {}).get("run") or {}  # Earlier versions did not write it.
     if isinstance(dataset, StreamedDataset) and run.get("block"):
         dataset.start(run["block"])
@@ -2688,7 +2689,7 @@ def connect_processes(data_args, args):
     place = args.coordinator_address, args.num_processes, args.process_id
     if None not in place:
         meet_processes(*place)
-    jax.config.update("jax_enable_preemption_service", False)  # It would take SIGTERM from `StopSignals`.
+    jax.config.update("jax_enable_preemption_service", False)  # It would catch SIGTERM instead of `StopSignals`.
     try:
         jax.distributed.initialize(*place, shutdown_timeout_seconds=60)
     except (ValueError, RuntimeError) as error:
@@ -2698,8 +2699,8 @@ def connect_processes(data_args, args):
             raise UserError(f"--coordinator_address {args.coordinator_address}: {error}") from error
         return
     if data_args.preprocessing_num_workers:
-        raise UserError("--preprocessing_num_workers does not work with several processes: tokenize in a run before")
-    # Gloo gives each group of devices 30 seconds to come together for the first time: they do while all are here.
+        raise UserError("--preprocessing_num_workers does not work with several processes: tokenize in an earlier run")
+    # Connect the devices while all processes are here: Gloo waits 30 seconds for the first operation of a group.
     multihost_utils.process_allgather(np.zeros(1))
     jax.pmap(lambda value: lax.psum(value, "batch"), "batch")(np.zeros(jax.local_device_count()))
 
@@ -2735,7 +2736,7 @@ def collect_ids(port, count):
                 problem = f"process {missing} did not report in {MEETING_SECONDS} seconds; check its output and address"
                 break
             connection.settimeout(5)
-            with contextlib.suppress(OSError, ValueError):  # It is not one of the processes.
+            with contextlib.suppress(OSError, ValueError):  # Something else may have connected.
                 number, its_count = map(int, connection.recv(100).split())
                 connections.append(connection)
                 if its_count != count:
@@ -2769,7 +2770,7 @@ def send_id(address, count, process_id):
 
 @contextlib.contextmanager
 def ending_together():
-    """If one process ends early, end all: the others would wait for it without end."""
+    """If one process ends early, end all, because the others would wait for it forever."""
     if not jax.distributed.is_initialized():
         yield
         return
@@ -2805,7 +2806,7 @@ def ending_together():
 
 def end_processes(cause, status):
     """Print why this process ends, tell the others, and end it although a thread of it may wait for a device."""
-    ENDING.acquire()  # For good: the first cause is the one that is reported.
+    ENDING.acquire()  # Never released: only the first cause is reported.
     print_error(cause)
     client = distributed.global_state.client
     with contextlib.suppress(RuntimeError):  # Another process was first.
@@ -2813,7 +2814,7 @@ def end_processes(cause, status):
     with contextlib.suppress(RuntimeError):  # A process that was killed does not come.
         client.wait_at_barrier("end", 5000)
     if jax.process_index() == 0:
-        time.sleep(2)  # The others end before it, or JAX aborts them.
+        time.sleep(2)  # The others must end first, or JAX aborts them.
     sys.stdout.flush()
     os._exit(status)
 
@@ -2827,7 +2828,7 @@ def main_process_first(name):
     client = distributed.global_state.client
 
     def wait_until_done(count):
-        # Operations of the devices give up after half an hour.
+        # A barrier on the devices would time out after half an hour.
         while len(client.key_value_dir_get(name)) < count:
             time.sleep(0.2)
 
@@ -2844,71 +2845,68 @@ def largest_of_processes(*values):
     return multihost_utils.process_allgather(np.array(values)).max(axis=0).tolist()
 
 
-class SummaryWriter:
-    """Writes TensorBoard scalars with the `tensorboard` package alone, where it is installed."""
+class MaskedLMTrainer:
+    """Trains and evaluates a model, and writes its files: what this script needs of the Trainer, under its names."""
 
-    def __init__(self, log_dir):
-        self.writer = EventFileWriter(log_dir) if EventFileWriter else None
-
-    def scalar(self, tag, value, step):
-        """Write one value."""
-        if self.writer:
-            summary = Summary(value=[Summary.Value(tag=tag, simple_value=value)])
-            self.writer.add_event(Event(step=step, wall_time=time.time(), summary=summary))
-
-
-@dataclass
-class Run:
-    """What a training run is made of, and where it is."""
-
-    args: TrainingArguments
-    model: nn.Module
-    params: dict
-    tokenizer: PreTrainedTokenizerBase
-    collator: FlaxDataCollatorForLanguageModeling
-    tokenized: dict
-    max_seq_length: int
-    pad_to_max_length: bool
-    sparse_head: bool
-    settings: dict
-    step: int = 0
-    plan: Optional[RunPlan] = None
-    losses: LossSums = field(default_factory=LossSums)
-    unread: list = field(default_factory=list)  # Losses and notices of the latest steps, on the devices.
-    slots: collections.deque = field(default_factory=collections.deque)  # K of the batches to come; see `batches`.
-    eval_slots: list = field(default_factory=list)  # K of each batch of an evaluation, with several processes.
-    stop_signal: int = 0  # The signal that any process has received, as far as the steps have told.
-    log_history: list = field(default_factory=list)
-    timer: tuple = (0, 0.0)  # Step and time from which `tokens_per_second` is measured.
-
-    def __post_init__(self):
-        self.apply_fn = functools.partial(masked_logits, model=self.model)
+    def __init__(self, groups, model, params, tokenizer, tokenized, max_seq_length):
+        model_args, data_args, self.args = self.groups = groups
+        self.model, self.params, self.tokenizer, self.max_seq_length = model, params, tokenizer, max_seq_length
+        self.train_dataset, self.eval_dataset = tokenized.get("train"), tokenized.get("validation")
+        self.pad_to_max_length, self.sparse_head = data_args.pad_to_max_length, not model_args.dense_head
+        self.data_collator = FlaxDataCollatorForLanguageModeling(tokenizer, **masking_settings(data_args, self.args))
+        check_masks(self.eval_dataset, self.data_collator)
+        self.settings = run_settings(data_args, self.args, max_seq_length, tokenized.get("train", ()))
+        self.apply_fn = functools.partial(masked_logits, model=model)
         self.eval_step = jax.pmap(functools.partial(eval_step, apply_fn=self.apply_fn), "batch")
         self.largest = jax.pmap(lambda values: lax.pmax(values, "batch"), "batch")
-        self.writer = SummaryWriter(os.path.join(self.args.output_dir, "logs")) if self.args.should_log else None
+        draws = self.args.should_log and EventFileWriter
+        self.writer = EventFileWriter(os.path.join(self.args.output_dir, "logs")) if draws else None
+        if self.args.push_to_hub and self.args.should_log:
+            create_repository(self.args)  # Fails before the training, not after it.
+        # All that changes during a run.
+        self.state = self.plan = self.schedule = None  # `TrainState` on every device, `RunPlan`, step -> learning rate.
+        self.step, self.losses, self.log_history = 0, LossSums(), []
+        self.timer = 0, 0.0  # Step and time from which `tokens_per_second` is measured.
+        self.unread = []  # Losses and notices of the latest steps, on the devices.
+        self.stop_signal = 0  # The signal that any process has received, as far as the steps have told.
+        self.slots = collections.deque()  # K of the batches to come; see `batches`.
+        self.eval_slots = []  # K of each batch of an evaluation, with several processes.
 
     @property
     def epoch(self):
         """{"epoch": passes over the training data so far}, or {} without training."""
         return {"epoch": self.plan.epoch(self.step)} if self.plan else {}
 
+    @property
+    def device_params(self):
+        """The parameters on every device: those of the training, if there was one."""
+        return self.state.params if self.state else jax_utils.replicate(self.params, axis_name="batch")
+
     def log(self, logs, seconds_per_step=0.0):
-        """Record values in the history and on the charts, under the Trainer's names."""
+        """Record values in the history and in TensorBoard, under the Trainer's names."""
         logs = {**logs, **self.epoch}
         self.log_history.append({**logs, "step": self.step})
-        if self.args.should_log:
-            if not self.args.disable_tqdm:
-                tqdm.write(str({name: float(f"{value:.6g}") for name, value in logs.items()}))
-            elif self.plan and "train_loss" not in logs:
-                log_report(logs, self.step, self.plan.num_steps, seconds_per_step)
+        if not self.args.should_log:
+            return
+        if not self.args.disable_tqdm:
+            tqdm.write(str({name: float(f"{value:.6g}") for name, value in logs.items()}))
+        elif self.plan and "train_loss" not in logs:
+            log_report(logs, self.step, self.plan.num_steps, seconds_per_step)
+        if self.writer:
+            values = []
             for name, value in logs.items():
-                tag = f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}"
-                self.writer.scalar(tag, value, self.step)
+                chart = "eval" if name.startswith("eval_") or name == "perplexity" else "train"
+                values.append(Summary.Value(tag=f"{chart}/{name.removeprefix('eval_')}", simple_value=value))
+            self.writer.add_event(Event(step=self.step, wall_time=time.time(), summary=Summary(value=values)))
+
+    def progress_bar(self, items, name, **settings):
+        """Return the items, with a progress bar in the main process unless `--disable_tqdm`."""
+        return tqdm(items, name, disable=self.args.disable_tqdm or not self.args.should_log, **settings)
 
     def batch(self, dataset, keys, rows, accumulation=1):
         """Return this process's part of the batch of samples `keys`: arrays [D, A, B, L], D its own devices.
 
-        All samples decide the length, which is one of few.
+        The longest sample of all processes sets the length, rounded up to one of at most `MAX_SHAPES` lengths.
         """
         places = np.arange(len(keys)).reshape(accumulation, jax.process_count(), -1)
         own_keys = [keys[i] for i in places[:, jax.process_index()].ravel()]
@@ -2917,12 +2915,12 @@ class Run:
         else:
             samples, longest = dataset.__getitems__(own_keys), dataset.lengths[[key.index for key in keys]].max()
         length = padded_length(longest, self.max_seq_length)
-        batch = self.collator(samples, length=self.max_seq_length if self.pad_to_max_length else length)
+        batch = self.data_collator(samples, length=self.max_seq_length if self.pad_to_max_length else length)
         return {name: a.reshape(accumulation, -1, rows, a.shape[-1]).swapaxes(0, 1) for name, a in batch.items()}
 
     def needed_slots(self, batch, epoch=0):
         """Return the K that the labels of this process's part of a batch fit in; 0 for a dense head."""
-        return label_slots(batch["labels"], self.collator.probability(epoch)) if self.sparse_head else 0
+        return label_slots(batch["labels"], self.data_collator.probability(epoch)) if self.sparse_head else 0
 
     def exchange(self, notice):
         """Return the largest of each value of the notices of all processes, int32 [D, 2], without waiting for them."""
@@ -2937,15 +2935,226 @@ class Run:
         the devices compute, and `read_steps` reads the largest one step later. So no step waits for an exchange.
         """
         sizes = self.args.train_batch_size, self.args.gradient_accumulation_steps
-        made = (self.batch(self.tokenized["train"], keys, *sizes) for keys in self.plan.steps())
+        made = (self.batch(self.train_dataset, keys, *sizes) for keys in self.plan.steps())
         ahead = collections.deque(itertools.islice(made, 2))
         self.slots.extend(largest_of_processes(*map(self.needed_slots, ahead)))
         while ahead:
-            batch, notice = ahead.popleft(), [signals.received, 0]
+            batch, notice = ahead.popleft(), [signals.number, 0]
             for later in itertools.islice(made, 1):
                 ahead.append(later)
                 notice[1] = self.needed_slots(later)
             yield select_slots(batch, self.slots.popleft()), notice
+
+    def train(self, checkpoint, signals):
+        """Train, save the model and its results, and return the metrics.
+
+        Exits with 128 + signal, checkpoint saved, if SIGTERM or SIGINT reaches any of the processes.
+        """
+        args, start = self.args, time.time()
+        self.resume(checkpoint)
+        dropout_rngs = self.create_state(checkpoint)
+        step_fn = functools.partial(training_step, label_smoothing=args.label_smoothing_factor)
+        step_fn = jax.pmap(step_fn, "batch", donate_argnums=(0, 2))
+        with signals.defer():
+            self.make_up_evaluation()
+            self.timer = self.step, time.perf_counter()
+            bar = self.progress_bar(self.batches(signals), "Training", total=self.plan.num_steps, initial=self.step)
+            for batch, notice in bar:
+                loss, self.state, dropout_rngs = step_fn(self.state, batch, dropout_rngs)
+                self.read_steps()  # The step before, while the devices compute this one.
+                self.step += 1
+                self.unread.append((loss, self.exchange(notice)))
+                self.end_step(signals)
+            replace_old_run(args, trained=self.step > self.plan.first_step)
+            self.save_model(args.output_dir)
+            (stop_signal,) = largest_of_processes(signals.number)
+            if stop_signal:
+                signals.stop(stop_signal, " after the last step; the model is saved")
+        metrics = speed_metrics("train", start, self.plan.num_samples(self.step), self.step - self.plan.first_step)
+        metrics = {"train_loss": self.losses.mean(), **metrics, **self.epoch, "train_samples": len(self.train_dataset)}
+        metrics = training_results(args, metrics)
+        self.log({name: value for name, value in metrics.items() if name != "train_samples"})
+        self.save_metrics("train", metrics)
+        return metrics
+
+    def resume(self, checkpoint):
+        """Set plan, history and learning rate of a new run, or of one that continues from a checkpoint."""
+        self.plan, self.losses = resume_run(self.train_dataset, self.args, self.settings, checkpoint)
+        self.step, num_steps = self.plan.first_step, self.plan.num_steps
+        if self.step > num_steps:
+            raise UserError(f"checkpoint-{self.step} is already past the {num_steps} steps asked for")
+        if checkpoint:
+            self.log_history = read_state(checkpoint)["log_history"]
+        logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {self.args.output_dir}.")
+        self.schedule = create_schedule(self.args, num_steps)
+        peak = float(jax.vmap(self.schedule)(np.arange(num_steps)).max())
+        num_parameters = sum(value.size for value in jax.tree.leaves(self.params))
+        log_training(self.args, num_parameters, self.step, num_steps, peak)
+
+    def create_state(self, checkpoint):
+        """Set the state on every device, new or as in a checkpoint, which every process reads; return dropout keys."""
+        optimizer = create_optimizer(self.args, self.schedule)
+        opt_state = optimizer.init(self.params)
+        if checkpoint:
+            path = os.path.join(checkpoint, "optimizer.msgpack")
+            with user_errors(f"the optimizer state in {checkpoint}"), open(path, "rb") as file:
+                opt_state = serialization.from_bytes(opt_state, file.read())
+        values = {"params": self.params, "opt_state": opt_state, "grad_norm": jnp.zeros(())}
+        state = TrainState(step=self.step, apply_fn=self.apply_fn, tx=optimizer, **values)
+        self.state = jax_utils.replicate(state, axis_name="batch")
+        keys = jax.random.split(jax.random.key(self.args.seed, impl="rbg"), jax.device_count())
+        first = jax.process_index() * jax.local_device_count()
+        # Same sharding as the step's outputs; otherwise the second call recompiles.
+        return jax.device_put(keys[first : first + jax.local_device_count()], self.state.step.sharding)
+
+    def is_due(self, strategy, interval):
+        """Return whether a strategy evaluates or saves at this step."""
+        if strategy == "epoch":
+            return self.plan.ends_epoch(self.step)
+        return strategy == "steps" and (self.step % interval == 0 or self.step == self.plan.num_steps)
+
+    def evaluation_is_due(self):
+        """Return whether to evaluate at this step; the evaluation of the last step follows the training."""
+        due = self.args.do_eval and self.is_due(self.args.eval_strategy, self.args.eval_steps)
+        return due and self.step < self.plan.num_steps
+
+    def make_up_evaluation(self):
+        """Evaluate if a signal stopped the run before the evaluation that was due at this step."""
+        evaluated = [entry["step"] for entry in self.log_history if "eval_loss" in entry]
+        if self.step > 0 and self.evaluation_is_due() and self.step not in evaluated:
+            self.evaluate()
+
+    def end_step(self, signals):
+        """Report, evaluate and save what is due; after a signal, save before an evaluation, and exit."""
+        args, stop_signal = self.args, self.stop_signal if jax.process_count() > 1 else signals.number
+        if self.plan.is_stream:
+            self.train_dataset.forget_blocks_before(self.plan.position(self.step).sample)
+        if self.step % args.logging_steps == 0 or self.step == self.plan.num_steps:
+            self.log_losses()
+        if self.evaluation_is_due() and not stop_signal:
+            self.evaluate()
+        if stop_signal or self.is_due(args.save_strategy, args.save_steps):
+            self.read_steps()
+            self.save_checkpoint()
+        if stop_signal:
+            multihost_utils.sync_global_devices("saved")
+            signals.stop(stop_signal, f"; checkpoint-{self.step} is saved")
+
+    def read_steps(self):
+        """Wait for the latest steps; count their losses and note what was exchanged with them."""
+        first = self.step - len(self.unread) + 1
+        for step, (loss, notice) in enumerate(jax.device_get(self.unread), first):
+            self.losses.add(float(loss[0]), step)
+            self.stop_signal, slots = notice[0].tolist()
+            self.slots.append(slots)
+        self.unread = []
+
+    def log_losses(self):
+        """Log the mean of the losses since the last report, and what belongs to the last step."""
+        self.read_steps()
+        step, start = self.timer
+        samples, seconds = self.plan.num_samples(self.step) - self.plan.num_samples(step), time.perf_counter() - start
+        logs = {"loss": self.losses.report(), "grad_norm": float(self.state.grad_norm[0])}
+        logs["learning_rate"] = float(self.schedule(self.step - 1))
+        logs["tokens_per_second"] = round(self.train_dataset.lengths.mean() * samples / seconds)
+        self.log(logs, seconds / max(1, self.step - step))
+        self.timer = self.step, time.perf_counter()
+
+    def evaluate(self):
+        """Evaluate on all validation samples; log and return the metrics."""
+        dataset, rows, start, params = self.eval_dataset, self.args.eval_batch_size, time.time(), self.device_params
+        keys = [SampleKey(index) for index in range(len(dataset))]
+        batches = generate_batch_splits(keys, rows * jax.device_count(), drop_last=False)
+        batches = [fill_up(batch, rows * jax.device_count()) for batch in batches]
+        if jax.process_count() > 1 and not self.eval_slots:  # The masks are the same in each evaluation.
+            needed = (self.needed_slots(self.batch(dataset, keys, rows), EVAL_EPOCH) for keys in batches)
+            self.eval_slots = largest_of_processes(*needed)
+        parts = []
+        for i, keys in enumerate(self.progress_bar(batches, "Evaluating", leave=False)):
+            batch = self.batch(dataset, keys, rows)
+            slots = self.eval_slots[i] if self.eval_slots else self.needed_slots(batch, EVAL_EPOCH)
+            batch = {name: array[:, 0] for name, array in select_slots(batch, slots).items()}
+            part = self.eval_step(params, batch)
+            parts.append({name: array.addressable_data(0) for name, array in part.items()})
+        parts = jax.device_get(parts)
+        sums = {name: sum(np.sum(part[name], dtype=np.float64) for part in parts) for name in parts[0]}
+        metrics = mean_metrics(sums["loss"], sums["accuracy"], sums["normalizer"])
+        metrics = {name if name == "perplexity" else f"eval_{name}": value for name, value in metrics.items()}
+        metrics |= speed_metrics("eval", start, len(dataset), len(batches))
+        self.log(metrics)
+        self.timer = self.step, time.perf_counter()
+        return {**metrics, **self.epoch, "eval_samples": len(dataset)}
+
+    def save_model(self, folder):
+        """Have the main process write model and tokenizer, as a Transformers folder that both scripts load."""
+        if not self.args.should_log:
+            return
+        config = copy.deepcopy(self.model.config)
+        config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForMaskedLM"]
+        with write_errors(self.args.output_dir, "the model"):
+            config.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            weights = pytorch_weights(jax_utils.unreplicate(self.state.params), config)
+            save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
+            follow_umask(folder)
+
+    def save_checkpoint(self):
+        """Have the main process write `checkpoint-N`; `trainer_state.json` comes last and makes it complete."""
+        args, folder = self.args, os.path.join(self.args.output_dir, f"checkpoint-{self.step}")
+        replace_old_run(args)
+        self.save_model(folder)
+        if args.should_log:
+            with write_errors(args.output_dir, "a checkpoint"):
+                opt_state = jax.device_get(jax_utils.unreplicate(self.state.opt_state))
+                with open(os.path.join(folder, "optimizer.msgpack"), "wb") as file:
+                    file.write(serialization.to_bytes(opt_state))
+                self.save_state(folder)
+                rotate_checkpoints(args, args.save_total_limit, self.step)
+            logger.info(f"Saved {folder}.")
+        self.timer = self.step, time.perf_counter()
+
+    def save_state(self, folder):
+        """Write what the Trainer writes to `trainer_state.json`, as far as this loop has it."""
+        state = {**self.epoch, "global_step": self.step, "max_steps": self.plan.num_steps}
+        for name in ("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size"):
+            state[name] = getattr(self.args, name)
+        run = run_state(self.plan, self.losses, self.settings, self.step)
+        state |= {"log_history": self.log_history, "stateful_callbacks": {"run": run}}
+        write_json(os.path.join(folder, "trainer_state.json"), state)
+
+    def save_metrics(self, split, metrics):
+        """Have the main process log the metrics of a split and write them as the Trainer does."""
+        folder = self.args.output_dir
+        if not self.args.should_log:
+            return
+        logger.info(f"***** {split} metrics *****")
+        for name, value in sorted(metrics.items()):
+            logger.info(f"  {name:<26} {value:.6g}")
+        write_json(os.path.join(folder, f"{split}_results.json"), metrics)
+        path = os.path.join(folder, "all_results.json")
+        everything = read_json_object(path) if os.path.exists(path) else {}
+        write_json(path, everything | metrics)
+        if self.args.do_train:
+            self.save_state(folder)
+
+    def show_predictions(self):
+        """Log the predictions for a few samples of the validation data."""
+        predict = functools.partial(jax.jit(self.apply_fn), jax_utils.unreplicate(self.device_params))
+        log_predictions(self.eval_dataset, self.data_collator, predict)
+
+    def publish(self, metrics):
+        """Have the main process write the model card and, with `--push_to_hub`, upload the files of the model."""
+        args = self.args
+        if not args.should_log:
+            return
+        write_card(self, self.groups, self.log_history, metrics)
+        if args.push_to_hub:
+            with user_errors(f"--push_to_hub failed; the model is saved in {args.output_dir}"):
+                HfApi(token=args.hub_token).upload_folder(
+                    repo_id=create_repository(args),
+                    folder_path=args.output_dir,
+                    allow_patterns=[*PUBLISHED, *self.tokenizer.vocab_files_names.values()],
+                )
 
 
 def select_slots(batch, slots):
@@ -2953,237 +3162,22 @@ def select_slots(batch, slots):
     return batch | select_labels(batch["labels"], slots) if slots else batch
 
 
-def build_run(model_args, data_args, training_args, model, params, tokenizer, tokenized, max_seq_length):
-    """Return the `Run`."""
-    settings = {name: getattr(data_args, name) for name in MaskingCollator.__annotations__ if hasattr(data_args, name)}
-    collator = FlaxDataCollatorForLanguageModeling(tokenizer, seed=training_args.seed, **settings)
-    check_masks(tokenized.get("validation"), collator)
-    if training_args.push_to_hub and training_args.should_log:
-        create_repository(training_args)  # Fails before the training, not after it.
-    pad = data_args.pad_to_max_length
-    settings = run_settings(data_args, training_args, max_seq_length, tokenized.get("train", ()))
-    sparse = not model_args.dense_head
-    return Run(training_args, model, params, tokenizer, collator, tokenized, max_seq_length, pad, sparse, settings)
+class CompiledCode(lru_cache.LRUCache):
+    """JAX's folder of compiled code; replaces an entry that cannot be read, which JAX would keep forever."""
 
-
-def create_training_state(run, schedule, checkpoint):
-    """Return (state, dropout_rngs) on every device, new or as in a checkpoint, which every process reads."""
-    args, params, optimizer = run.args, run.params, create_optimizer(run.args, schedule)
-    opt_state = optimizer.init(params)
-    if checkpoint:
-        path = os.path.join(checkpoint, "optimizer.msgpack")
-        with user_errors(f"the optimizer state in {checkpoint}"), open(path, "rb") as file:
-            opt_state = serialization.from_bytes(opt_state, file.read())
-    state = TrainState(
-        step=run.step, apply_fn=run.apply_fn, params=params, tx=optimizer, opt_state=opt_state, grad_norm=jnp.zeros(())
-    )
-    state = jax_utils.replicate(state, axis_name="batch")
-    keys = jax.random.split(jax.random.key(args.seed, impl="rbg"), jax.device_count())
-    first = jax.process_index() * jax.local_device_count()
-    # Laid out as the step returns them, or its second call would compile again.
-    return state, jax.device_put(keys[first : first + jax.local_device_count()], state.step.sharding)
+    def put(self, key, value):
+        """Write an entry; called only for one that is missing or could not be read."""
+        (self.path / f"{key}-cache").unlink(missing_ok=True)
+        super().put(key, value)
 
 
 def keep_compiled_code(model_args):
     """Keep compiled code for the next run of the same shapes, unless JAX was told where to keep it."""
+    compilation_cache.LRUCache = CompiledCode
     if not jax.config.jax_compilation_cache_dir:
         folder = model_args.cache_dir or datasets.config.HF_CACHE_HOME
         jax.config.update("jax_compilation_cache_dir", os.path.join(folder, "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def should_run(run, strategy, interval):
-    """Return whether to evaluate or save at this step."""
-    if strategy == "epoch":
-        return run.plan.ends_epoch(run.step)
-    return strategy == "steps" and (run.step % interval == 0 or run.step == run.plan.num_steps)
-
-
-def should_evaluate(run):
-    """Return whether an evaluation is due at this step; that of the last step follows the training."""
-    due = run.args.do_eval and should_run(run, run.args.eval_strategy, run.args.eval_steps)
-    return due and run.step < run.plan.num_steps
-
-
-def train(run, step, checkpoint, signals):
-    """Train, save the model and return (parameters on every device, metrics).
-
-    Exits with 128 + signal, checkpoint saved, if SIGTERM or SIGINT reaches any of the processes.
-    """
-    args, start = run.args, time.time()
-    schedule = start_training(run, step, checkpoint)
-    state, dropout_rngs = create_training_state(run, schedule, checkpoint)
-    step_fn = jax.pmap(
-        functools.partial(training_step, label_smoothing=args.label_smoothing_factor), "batch", donate_argnums=(0, 2)
-    )
-    with signals.defer():
-        make_up_evaluation(run, state)
-        run.timer = run.step, time.perf_counter()
-        hidden = args.disable_tqdm or not args.should_log
-        batches = run.batches(signals)
-        for batch, notice in tqdm(batches, "Training", run.plan.num_steps, initial=run.step, disable=hidden):
-            loss, state, dropout_rngs = step_fn(state, batch, dropout_rngs)
-            read_steps(run)  # The step before, while the devices compute this one.
-            run.step += 1
-            run.unread.append((loss, run.exchange(notice)))
-            end_step(run, state, schedule, signals)
-        replace_old_run(args, trained=run.step > run.plan.first_step)
-        write_model(run, state.params, args.output_dir)
-        (received,) = largest_of_processes(signals.received)
-        if received:
-            signals.stop(received, " after the last step; the model is saved")
-    metrics = {"train_loss": run.losses.mean()}
-    metrics |= speed_metrics("train", start, run.plan.num_samples(run.step), run.step - step)
-    metrics = keep_results(args, {**metrics, **run.epoch, "train_samples": len(run.tokenized["train"])})
-    run.log({name: value for name, value in metrics.items() if name != "train_samples"})
-    return state.params, metrics
-
-
-def end_step(run, state, schedule, signals):
-    """Report, evaluate and save what is due; after a signal, save before an evaluation, and exit."""
-    args, received = run.args, run.stop_signal if jax.process_count() > 1 else signals.received
-    if run.plan.is_stream:
-        run.tokenized["train"].block_at(run.plan.position(run.step).sample)  # Forgets the blocks before.
-    if run.step % args.logging_steps == 0 or run.step == run.plan.num_steps:
-        log_losses(run, state.grad_norm, schedule)
-    if should_evaluate(run) and not received:
-        evaluate(run, state.params)
-    if received or should_run(run, args.save_strategy, args.save_steps):
-        read_steps(run)
-        save_checkpoint(run, state)
-    if received:
-        multihost_utils.sync_global_devices("saved")
-        signals.stop(received, f"; checkpoint-{run.step} is saved")
-
-
-def make_up_evaluation(run, state):
-    """Evaluate if a signal stopped the run before the evaluation that was due at this step."""
-    evaluated = [entry["step"] for entry in run.log_history if "eval_loss" in entry]
-    if run.step > 0 and should_evaluate(run) and run.step not in evaluated:
-        evaluate(run, state.params)
-
-
-def start_training(run, step, checkpoint):
-    """Prepare plan and log history; return the learning-rate schedule."""
-    args = run.args
-    run.step = step
-    run.plan, run.losses = resume_run(run.tokenized["train"], args, run.settings, checkpoint)
-    if step > run.plan.num_steps:
-        raise UserError(f"checkpoint-{step} is already past the {run.plan.num_steps} steps asked for")
-    if checkpoint:
-        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:
-            run.log_history = json.load(file)["log_history"]
-    logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {args.output_dir}.")
-    schedule = create_schedule(args, run.plan.num_steps)
-    peak = float(jax.vmap(schedule)(np.arange(run.plan.num_steps)).max())
-    num_parameters = sum(value.size for value in jax.tree.leaves(run.params))
-    log_training(args, num_parameters, step, run.plan.num_steps, peak)
-    return schedule
-
-
-def read_steps(run):
-    """Count the losses of the latest steps, and take note of what was exchanged with them; waits for these steps."""
-    first = run.step - len(run.unread) + 1
-    for step, (loss, notice) in enumerate(jax.device_get(run.unread), first):
-        run.losses.add(float(loss[0]), step)
-        run.stop_signal, slots = notice[0].tolist()
-        run.slots.append(slots)
-    run.unread = []
-
-
-def log_losses(run, grad_norm, schedule):
-    """Log the mean of the losses since the last report, and what belongs to the last step."""
-    read_steps(run)
-    step, start = run.timer
-    samples, seconds = run.plan.num_samples(run.step) - run.plan.num_samples(step), time.perf_counter() - start
-    logs = {"loss": run.losses.report(), "grad_norm": float(grad_norm[0])}
-    logs["learning_rate"] = float(schedule(run.step - 1))
-    logs["tokens_per_second"] = round(run.tokenized["train"].lengths.mean() * samples / seconds)
-    run.log(logs, seconds / max(1, run.step - step))
-    run.timer = run.step, time.perf_counter()
-
-
-def evaluate(run, params):
-    """Evaluate on all validation samples, with the parameters on every device; log and return the metrics."""
-    dataset, rows, start = run.tokenized["validation"], run.args.eval_batch_size, time.time()
-    keys = [SampleKey(index) for index in range(len(dataset))]
-    batches = generate_batch_splits(keys, rows * jax.device_count(), drop_last=False)
-    batches = [fill_up(batch, rows * jax.device_count()) for batch in batches]
-    sums = []
-    hidden = run.args.disable_tqdm or not run.args.should_log
-    if jax.process_count() > 1 and not run.eval_slots:  # The masks are the same in each evaluation.
-        needed = (run.needed_slots(run.batch(dataset, keys, rows), EVAL_EPOCH) for keys in batches)
-        run.eval_slots = largest_of_processes(*needed)
-    for i, keys in enumerate(tqdm(batches, "Evaluating", leave=False, disable=hidden)):
-        batch = run.batch(dataset, keys, rows)
-        slots = run.eval_slots[i] if run.eval_slots else run.needed_slots(batch, EVAL_EPOCH)
-        sums.append(run.eval_step(params, {name: array[:, 0] for name, array in select_slots(batch, slots).items()}))
-    sums = [jax.tree.map(lambda array: array.addressable_data(0), part) for part in sums]
-    sums = {name: sum(np.sum(part[name], dtype=np.float64) for part in jax.device_get(sums)) for name in sums[0]}
-    metrics = mean_metrics(sums["loss"], sums["accuracy"], sums["normalizer"])
-    metrics = {f"eval_{name}": value for name, value in metrics.items()}
-    metrics |= speed_metrics("eval", start, len(dataset), len(batches))
-    run.log(metrics)
-    run.timer = run.step, time.perf_counter()
-    metrics["perplexity"] = metrics.pop("eval_perplexity")
-    return {**metrics, **run.epoch, "eval_samples": len(dataset)}
-
-
-def write_model(run, params, folder):
-    """Have the main process write model and tokenizer, as a Transformers folder that both scripts load."""
-    if not run.args.should_log:
-        return
-    config = copy.deepcopy(run.model.config)
-    config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForMaskedLM"]
-    with write_errors(run.args.output_dir, "the model"):
-        config.save_pretrained(folder)
-        run.tokenizer.save_pretrained(folder)
-        weights = pytorch_weights(jax_utils.unreplicate(params), config)
-        save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
-        follow_umask(folder)
-
-
-def save_checkpoint(run, state):
-    """Have the main process write `checkpoint-N`; `trainer_state.json` comes last and makes it complete."""
-    args, folder = run.args, os.path.join(run.args.output_dir, f"checkpoint-{run.step}")
-    replace_old_run(args)
-    write_model(run, state.params, folder)
-    if args.should_log:
-        with write_errors(args.output_dir, "a checkpoint"):
-            opt_state = jax.device_get(jax_utils.unreplicate(state.opt_state))
-            with open(os.path.join(folder, "optimizer.msgpack"), "wb") as file:
-                file.write(serialization.to_bytes(opt_state))
-            write_json(os.path.join(folder, "trainer_state.json"), trainer_state(run))
-            rotate_checkpoints(args, args.save_total_limit, run.step)
-        logger.info(f"Saved {folder}.")
-    run.timer = run.step, time.perf_counter()
-
-
-def trainer_state(run):
-    """Return what the Trainer writes to `trainer_state.json`, as far as this loop has it."""
-    state = {**run.epoch, "global_step": run.step, "max_steps": 0, "log_history": run.log_history}
-    for name in ("num_train_epochs", "logging_steps", "eval_steps", "save_steps", "train_batch_size"):
-        state[name] = getattr(run.args, name)
-    if run.plan:
-        state["max_steps"] = run.plan.num_steps
-        state["stateful_callbacks"] = {"run": run_state(run.plan, run.losses, run.settings, run.step)}
-    return state
-
-
-def save_results(run, split, metrics):
-    """Log the metrics of a split and write them as the Trainer does."""
-    if not run.args.should_log:
-        return
-    logger.info(f"***** {split} metrics *****")
-    for name, value in sorted(metrics.items()):
-        logger.info(f"  {name:<26} {value:.6g}")
-    path, everything = os.path.join(run.args.output_dir, "all_results.json"), {}
-    write_json(os.path.join(run.args.output_dir, f"{split}_results.json"), metrics)
-    with contextlib.suppress(FileNotFoundError), open(path, encoding="utf-8") as file:
-        everything = json.load(file)
-    write_json(path, everything | metrics)
-    if run.args.do_train:
-        write_json(os.path.join(run.args.output_dir, "trainer_state.json"), trainer_state(run))
 
 
 def create_repository(args):
@@ -3193,20 +3187,6 @@ def create_repository(args):
         return HfApi(token=args.hub_token).create_repo(name, private=args.hub_private_repo, exist_ok=True).repo_id
 
 
-def publish(run, groups, metrics):
-    """Write the model card and, with `--push_to_hub`, upload the model, its card and the results."""
-    args = run.args
-    if not args.should_log:
-        return
-    write_card(run.settings, groups, run.tokenized, run.log_history, metrics)
-    if args.push_to_hub:
-        repository, names = create_repository(args), published_files(run.collator.tokenizer)
-        with user_errors(f"--push_to_hub failed; the model is saved in {args.output_dir}"):
-            HfApi(token=args.hub_token).upload_folder(
-                repo_id=repository, folder_path=args.output_dir, allow_patterns=names
-            )
-
-
 def hub_client():
     """Return a client of the hub that gives up when a server does not answer; the default one waits forever."""
     client = default_client_factory()
@@ -3214,17 +3194,40 @@ def hub_client():
     return client
 
 
-def write_card(order_settings, groups, tokenized, history, metrics):
+def write_card(trainer, groups, history, metrics):
     """Write the model card and `arguments.json`, which repeats the run if it is the first argument of the script.
 
     The card is public: it names no folder of this machine. `history` is the log history.
     """
     model_args, data_args, args = groups
-    base, dataset, script = model_args.model_name_or_path, data_args.dataset_name, Path(__file__).name
+    base, script = model_args.model_name_or_path, Path(__file__).name
     name = os.path.basename(os.path.abspath(args.hub_model_id or args.output_dir))
-    source = public_files(dataset or data_args.validation_file or data_args.train_file)
-    results = {"loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "perplexity"}
-    found = {kind: metrics[key] for kind, key in results.items() if math.isfinite(metrics.get(key, math.inf))}
+    origin = f"It started from {public_names(base)[0]}" if base else "It started with random weights"
+    keys = "eval_loss", "eval_accuracy", "perplexity"
+    known = [key for key in keys if key in metrics and math.isfinite(metrics[key])]
+    results = {key.removeprefix("eval_"): metrics[key] for key in known}
+    evaluations = [[entry["step"], *(entry.get(key, "") for key in keys)] for entry in history if "eval_loss" in entry]
+    sections = [
+        f"---\n{card_metadata(name, groups, results)}\n---",
+        f"# {name}\n\nA masked language model, trained with `{script}`. {origin}.",
+        "\n".join(f"- {kind}: {value:.4g}" for kind, value in results.items()),
+        "## Data\n\n" + describe_data(trainer, data_args),
+        "## Settings\n\n" + table(["setting", "value"], card_settings(trainer, groups, history[-1]["step"])),
+        "## Evaluations\n\n" + table(["step", *keys], evaluations) if evaluations else "",
+        f"## Command\n\n    {command_line(script, args.given)}",
+    ]
+    with write_errors(args.output_dir, "the model card"):
+        arguments = json.dumps(args.given, indent=2, ensure_ascii=False)
+        Path(args.output_dir, "arguments.json").write_text(arguments, encoding="utf-8")
+        card = "\n\n".join(section for section in sections if section)
+        Path(args.output_dir, "README.md").write_text(card + "\n", encoding="utf-8")
+
+
+def card_metadata(name, groups, results):
+    """Return what the hub reads of a card, as YAML; `results` are the evaluation's, by the hub's names."""
+    base, dataset = groups[0].model_name_or_path, groups[1].dataset_name
+    source = " ".join(public_names(dataset or groups[1].validation_file or groups[1].train_file))
+    found = [EvalResult("fill-mask", source, source, kind, value) for kind, value in results.items()]
     card = ModelCardData(
         model_name=name,
         library_name="transformers",
@@ -3232,35 +3235,43 @@ def write_card(order_settings, groups, tokenized, history, metrics):
         tags=["masked-language-modeling"],
         base_model=None if is_local(base or "") else base,
         datasets=None if is_local(dataset or "") else dataset,
-        eval_results=[EvalResult("fill-mask", source, source, kind, value) for kind, value in found.items()] or None,
+        eval_results=found or None,
     )
-    origin = f"It started from {public_name(base)}" if base else "It started with random weights"
-    files = {"train": data_args.train_file, "validation": data_args.validation_file or data_args.train_file}
-    sizes = [
-        f"- {split}: {public_files(dataset or files[split])}, {describe_split(tokenized[split])}" for split in tokenized
-    ]
-    keys = "mlm_probability mask_replace_prob random_replace_prob learning_rate lr_scheduler_type weight_decay".split()
-    settings = {key: getattr(data_args, key, getattr(args, key, None)) for key in keys}
+    return card.to_yaml()
+
+
+def describe_data(trainer, data_args):
+    """Return a line about the text of each split: where it is from, and how much it is."""
+    lines = []
+    for split, dataset in (("train", trainer.train_dataset), ("validation", trainer.eval_dataset)):
+        source = data_args.dataset_name or getattr(data_args, f"{split}_file") or data_args.train_file
+        if isinstance(dataset, StreamedDataset):
+            size = f"a stream, of which {dataset.num_samples:,} samples with {dataset.num_tokens:,} tokens were read"
+        elif dataset:
+            size = f"{len(dataset):,} samples, {dataset.lengths.sum():,} tokens"
+        else:
+            continue
+        lines.append(f"- {split}: {' '.join(public_names(source))}, {size}")
+    return "\n".join(lines)
+
+
+def card_settings(trainer, groups, num_steps):
+    """Return [(setting, value)]: what changes the result of a run, whether or not a flag was given for it."""
+    _, data_args, args = groups
+    masking = ("mlm_probability", "mask_replace_prob", "random_replace_prob")
+    settings = {name: getattr(data_args, name) for name in masking}
+    settings |= {"learning_rate": args.learning_rate, "weight_decay": args.weight_decay}
     settings["lr_scheduler_type"] = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    settings |= {**order_settings, "global_batch_size": args.global_batch_size, "steps": history[-1]["step"]}
-    evaluated = [entry for entry in history if "eval_loss" in entry]
-    evaluations = [[entry["step"], *(entry.get(f"eval_{kind}", "") for kind in results)] for entry in evaluated]
+    settings |= {**trainer.settings, "global_batch_size": args.global_batch_size, "steps": num_steps}
+    return settings.items()
+
+
+def command_line(script, given):
+    """Return the command of the run, without folders of this machine."""
     words = ["python", script]
-    for key, value in args.given.items():
-        words += [f"--{key}", *map(public_name, value if isinstance(value, list) else [value])]
-    sections = [
-        f"---\n{card.to_yaml()}\n---\n\n# {name}\n\nA masked language model, trained with `{script}`. {origin}.",
-        "\n".join(f"- {kind}: {value:.4g}" for kind, value in found.items()),
-        "## Data\n\n" + "\n".join(sizes),
-        "## Settings\n\n" + table(["setting", "value"], settings.items()),
-        "## Evaluations\n\n" + table(["step", *results], evaluations) if evaluations else "",
-        f"## Command\n\n    {shlex.join(words)}",
-    ]
-    with write_errors(args.output_dir, "the model card"):
-        with open(os.path.join(args.output_dir, "arguments.json"), "w", encoding="utf-8") as file:
-            json.dump(args.given, file, indent=2, ensure_ascii=False)
-        with open(os.path.join(args.output_dir, "README.md"), "w", encoding="utf-8") as file:
-            file.write("\n\n".join(filter(None, sections)) + "\n")
+    for name, value in given.items():
+        words += [f"--{name}", *public_names(value)]
+    return shlex.join(words)
 
 
 def table(names, rows):
@@ -3270,27 +3281,10 @@ def table(names, rows):
     return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
-def describe_split(dataset):
-    """Return the size of a split in words."""
-    if isinstance(dataset, StreamedDataset):
-        return f"a stream, of which {dataset.num_samples:,} samples with {dataset.num_tokens:,} tokens were read"
-    return f"{len(dataset):,} samples, {dataset.lengths.sum():,} tokens"
-
-
-def public_name(value):
-    """Return a setting for a public card: for a file or folder on this machine, only its base name."""
-    value = str(value)
-    return os.path.basename(os.path.abspath(value)) if os.path.sep in value and is_local(value) else value
-
-
-def public_files(names):
-    """Return the public names of files, or of one data set, as one text."""
-    return " ".join(map(public_name, file_names(names)))
-
-
-def published_files(tokenizer):
-    """Return patterns of the files of an output folder that an upload sends."""
-    return [*PUBLISHED, *tokenizer.vocab_files_names.values()]
+def public_names(values):
+    """Return a setting, or a list of them, as words for a public card: paths on this machine as their base names."""
+    words = map(str, values if isinstance(values, list) else [values])
+    return [os.path.basename(os.path.abspath(word)) if os.sep in word and is_local(word) else word for word in words]
 
 
 def is_local(name):
@@ -3308,7 +3302,7 @@ def main(argv=None):
     connect_processes(data_args, training_args)
     setup_logging(training_args)
     with ending_together(), StopSignals() as signals, output_lock(training_args), logging_redirect_tqdm():
-        step, checkpoint = find_checkpoint(model_args, data_args, training_args)
+        checkpoint = find_checkpoint(model_args, data_args, training_args)
         tokenizer = load_tokenizer(model_args)
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)
         config = load_config(model_args, tokenizer)
@@ -3325,21 +3319,19 @@ def main(argv=None):
             return {}
 
         model, params = load_model(model_args, config, tokenizer, training_args, new_tokens, checkpoint)
-        run = build_run(model_args, data_args, training_args, model, params, tokenizer, tokenized, max_seq_length)
+        groups = model_args, data_args, training_args
+        trainer = MaskedLMTrainer(groups, model, params, tokenizer, tokenized, max_seq_length)
         metrics = {}
         if training_args.do_train:
-            params, metrics = train(run, step, checkpoint, signals)
-            save_results(run, "train", metrics)
+            metrics |= trainer.train(checkpoint, signals)
         if training_args.do_eval:
-            params = params if training_args.do_train else jax_utils.replicate(params, axis_name="batch")
-            eval_metrics = evaluate(run, params)
-            save_results(run, "eval", eval_metrics)
-            predict = functools.partial(jax.jit(run.apply_fn), jax_utils.unreplicate(params))
-            log_predictions(tokenized["validation"], run.collator, predict)
+            eval_metrics = trainer.evaluate()
+            trainer.save_metrics("eval", eval_metrics)
+            trainer.show_predictions()
             metrics |= eval_metrics
-        with main_process_first("publishing"):  # A process that ends would end those that still write.
+        with main_process_first("publishing"):  # When one process exits, JAX stops the others, which may still write.
             if training_args.do_train:
-                publish(run, (model_args, data_args, training_args), metrics)
+                trainer.publish(metrics)
         return metrics
 
 

@@ -341,17 +341,17 @@ class NotTrainedError(Exception):
 
 
 def set_up(script, arguments):
-    """Return what `main` would train with the arguments: the `Trainer` of run_mlm.py, the `Run` of run_mlm_flax.py."""
+    """Return the trainer that `main` would use with the arguments."""
 
-    def stop(run, *others):
-        raise NotTrainedError(run)
+    def stop(trainer, *others):
+        raise NotTrainedError(trainer)
 
-    with mock.patch.object(script, "train", stop), pytest.raises(NotTrainedError) as caught:
+    owner = script.MaskedLMTrainer if script.__name__ == "run_mlm_flax" else script
+    with mock.patch.object(owner, "train", stop), pytest.raises(NotTrainedError) as caught:
         script.main([*arguments, "--do_train"])
-    run = caught.value.args[0]
-    dataset = run.tokenized["train"] if script.__name__ == "run_mlm_flax" else run.train_dataset
-    run.plan = script.RunPlan(dataset, run.args)
-    return run
+    trainer = caught.value.args[0]
+    trainer.plan = script.RunPlan(trainer.train_dataset, trainer.args)
+    return trainer
 
 
 def run_script(name, arguments, cwd=None, **environment):

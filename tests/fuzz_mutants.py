@@ -41,8 +41,8 @@ MUTANTS = [
     Mutant(
         "dropout begins anew with each start",
         FLAX,
-        "step=run.step, apply_fn=run.apply_fn",
-        "step=0, apply_fn=run.apply_fn",
+        "step=self.step, apply_fn=self.apply_fn",
+        "step=0, apply_fn=self.apply_fn",
         ("stop", "kill"),
     ),
     Mutant(
@@ -52,7 +52,7 @@ MUTANTS = [
         "if False:",
         ("stop",),
     ),
-    Mutant("a stop drops the evaluation of its step", FLAX, "        make_up_evaluation(run, state)\n", "", ("stop",)),
+    Mutant("a stop drops the evaluation of its step", FLAX, "            self.make_up_evaluation()\n", "", ("stop",)),
     Mutant("the sums of the losses are not restored", SCRIPTS, '**run.get("losses", {})', "", ("stop", "kill")),
     Mutant(
         "each tokenizing process cuts rows from a share of the texts",
@@ -113,10 +113,10 @@ MUTANTS = [
     Mutant(
         "a checkpoint is complete before its optimizer is written",
         FLAX,
-        '            with open(os.path.join(folder, "optimizer.msgpack"), "wb") as file:\n',
-        """            write_json(os.path.join(folder, "trainer_state.json"), trainer_state(run))
-            with open(os.path.join(folder, "optimizer.msgpack"), "wb") as file:
-                time.sleep(0.02)
+        '                with open(os.path.join(folder, "optimizer.msgpack"), "wb") as file:\n',
+        """                self.save_state(folder)
+                with open(os.path.join(folder, "optimizer.msgpack"), "wb") as file:
+                    time.sleep(0.02)
 """,
         ("kill",),
     ),
@@ -139,7 +139,7 @@ MUTANTS = [
         "a stop saves no checkpoint",
         PYTORCH,
         "control.should_save, control.should_evaluate, args.save_only_model = True, False, False",
-        "self.signals.stop(self.received(), '')",
+        "self.signals.stop(self.any_signal())",
         ("stop",),
     ),
     Mutant(

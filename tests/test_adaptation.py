@@ -157,7 +157,7 @@ def steps_of(script, arguments):
         run.data_collator.compact = False
         return [(batch["labels"].numpy(), batch["attention_mask"].numpy()) for batch in run.get_train_dataloader()]
     run.sparse_start = None
-    batches = [run.batch(run.tokenized["train"], keys, run.args.train_batch_size) for keys in run.plan.steps()]
+    batches = [run.batch(run.train_dataset, keys, run.args.train_batch_size) for keys in run.plan.steps()]
     return [tuple(batch[name][0, 0] for name in ("labels", "attention_mask")) for batch in batches]
 
 
@@ -253,7 +253,7 @@ def test_a_falling_share_is_resumed_bit_by_bit(script, tmp_path, streaming):
 def test_a_falling_share_compiles_nothing_anew(tmp_path):
     settings = {"mlm_probability": 0.5, "final_mlm_probability": 0.1, "max_steps": 30, "line_by_line": "false"}
     run = set_up(run_mlm_flax, job(make_folder(tmp_path / "model", "wordpiece"), tmp_path, **settings))
-    batches = [run.batch(run.tokenized["train"], keys, 4) for keys in run.plan.steps()]
+    batches = [run.batch(run.train_dataset, keys, 4) for keys in run.plan.steps()]
     assert len({tuple(array.shape for array in batch.values()) for batch in batches}) == 1
     counts = [(batch["labels"] >= 0).sum() for batch in batches]
     assert np.mean(counts[:5]) > 2 * np.mean(counts[-5:])

@@ -156,10 +156,9 @@ def test_run_mlm_trains(job, model_type, tmp_path):
 def test_run_mlm_flax_trains(job, model_type, tmp_path):
     eval_loss = trained(run_mlm_flax, job(model_type), tmp_path)
     run = reload(run_mlm_flax, tmp_path)
-    params = run_mlm_flax.jax_utils.replicate(run.params, axis_name="batch")
-    assert run_mlm_flax.evaluate(run, params)["eval_loss"] == pytest.approx(eval_loss, rel=1e-6)
+    assert run.evaluate()["eval_loss"] == pytest.approx(eval_loss, rel=1e-6)
 
-    batch = run.collator([run.tokenized["validation"][i] for i in range(4)])
+    batch = run.data_collator([run.eval_dataset[i] for i in range(4)])
     selected = batch | run_mlm_flax.select_labels(batch["labels"], run_mlm_flax.label_slots(batch["labels"], 0.15))
 
     def mean_loss(logits, labels):

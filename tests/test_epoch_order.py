@@ -111,7 +111,7 @@ def flax_batches(run):
     """Return the same of the Flax loop."""
     rows = []
     for keys in run.plan.steps():
-        batch = run.batch(run.tokenized["train"], keys, run.args.train_batch_size, run.args.gradient_accumulation_steps)
+        batch = run.batch(run.train_dataset, keys, run.args.train_batch_size, run.args.gradient_accumulation_steps)
         step = batch["input_ids"].reshape(-1, batch["input_ids"].shape[-1])[: len(keys)]
         rows.append(sorted(row[row != 0].tolist() for row in step))
     return rows

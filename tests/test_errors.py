@@ -155,6 +155,12 @@ ARGUMENTS = [
     Mistake("a switch with a text", lambda place: {"do_eval": "perhaps"}, ["--do_eval", "perhaps"]),
     Mistake("token as a switch", lambda place: {"use_auth_token": "hf_secret"}, ["--use_auth_token is true or false"]),
     Mistake("tf32", lambda place: {"tf32": "true"}, ["tf32"], TORCH),
+    Mistake(
+        "split batches",
+        lambda place: {"accelerator_config": '{"split_batches": true}'},
+        ["--accelerator_config split_batches does not work here"],
+        TORCH,
+    ),
     Mistake("schedule", lambda place: {"lr_scheduler_type": "constnat"}, ["constnat", "constant"]),
     Mistake("strategy", lambda place: {"save_strategy": "often"}, ["often", "steps", "epoch"]),
 ]
@@ -603,7 +609,12 @@ def diverging(model_folder, text_files, output, **changes):
     return flags(**settings | changes)
 
 
-@pytest.mark.parametrize("changes", [{"save_steps": 1}, {"save_steps": 4, "gradient_accumulation_steps": 2}], ids=str)
+# A checkpoint is due before the step of the loss, at that step, after it; the step is the last one of the run.
+NOT_FINITE = [{"save_steps": 1}, {"save_steps": 2}, {"save_steps": 4, "gradient_accumulation_steps": 2}]
+NOT_FINITE += [{"save_steps": 4, "logging_steps": 4, "max_steps": 2}]
+
+
+@pytest.mark.parametrize("changes", NOT_FINITE, ids=str)
 def test_a_loss_that_is_not_finite(script, model_folder, text_files, tmp_path, capfd, changes):
     output = tmp_path / "output"
     line = error_line(script, diverging(model_folder, text_files, output, **changes), capfd)

@@ -49,13 +49,13 @@ def compiled(caplog):
 def test_one_compilation_for_each_shape(arguments, compiled, caplog, tmp_path):
     lines = write_lines(tmp_path / "lines.txt", [words for words in ("boats", "old boats " * 9) for _ in range(6)])
     arguments = [*arguments, "--train_file", lines, "--line_by_line", "--group_by_length", "--train_batch_size", "2"]
-    counts, log = [], run_mlm_flax.Run.log
+    counts, log = [], run_mlm_flax.MaskedLMTrainer.log
 
     def record(run, *logs):
         log(run, *logs)
         counts.append(len(compiled()))
 
-    with mock.patch.object(run_mlm_flax.Run, "log", record):
+    with mock.patch.object(run_mlm_flax.MaskedLMTrainer, "log", record):
         run_mlm_flax.main([*arguments, "--do_train", "--max_steps", "9"])
     # The step and nothing else is made for the device's batches and the parameters.
     steps = [shapes for shapes in compiled() if {("int32", "1,1,2,8"), ("int32", "1,1,2,16")} & set(shapes)]
@@ -69,7 +69,7 @@ def test_at_most_six_lengths_in_line_by_line_mode(arguments):
     run = set_up(run_mlm_flax, [*arguments, *more])
     shapes, lengths = set(), set()
     for keys in run.plan.steps():  # Three epochs, whose last batches are not full.
-        batch = run.batch(run.tokenized["train"], keys, 3)
+        batch = run.batch(run.train_dataset, keys, 3)
         batch = run_mlm_flax.select_slots(batch, run.needed_slots(batch))
         shapes.add(tuple(array.shape for array in batch.values()))
         lengths.add(batch["input_ids"].shape[-1])
@@ -98,7 +98,7 @@ def largest_array(function, *args):
 def test_no_step_has_logits_of_all_positions(arguments, dense_head):
     run = set_up(run_mlm_flax, [*arguments, "--max_steps", "1", "--dense_head", dense_head])
     full = ROWS * LENGTH * run.model.config.vocab_size
-    batch = run.batch(run.tokenized["train"], next(run.plan.steps()), ROWS)
+    batch = run.batch(run.train_dataset, next(run.plan.steps()), ROWS)
     batch = run_mlm_flax.select_slots(batch, run.needed_slots(batch))
     optimizer = run_mlm_flax.TrainState.create(
         apply_fn=run.apply_fn,
@@ -165,6 +165,17 @@ def test_a_second_process_compiles_nothing(arguments, tmp_path):
     assert first["cache_misses"] > 10 and len(kept) > 10
     assert second["cache_misses"] == 0 and second["cache_hits"] >= first["cache_misses"]
     assert {path.name for path in (tmp_path / "home" / "jax").iterdir()} == kept
+
+
+def test_compiled_code_that_cannot_be_read_is_replaced(arguments, tmp_path):
+    arguments = [*arguments, "--do_train", "--max_steps", "1", "--overwrite_output_dir"]
+    start(tmp_path, "first", arguments)
+    entries = list((tmp_path / "home" / "jax").glob("*-cache"))
+    for path in entries:  # As if the process had been killed while it wrote.
+        path.write_bytes(path.read_bytes()[:100])
+    damaged, repaired = (start(tmp_path, name, arguments) for name in ("damaged", "repaired"))
+    assert damaged["cache_misses"] >= len(entries) > 10
+    assert repaired["cache_misses"] == 0
 
 
 def assert_share(kept, probability):

@@ -30,7 +30,7 @@ collated, collate = [], run_mlm_flax.MaskingCollator.collate
 run_mlm_flax.MaskingCollator.collate = lambda self, rows, *args: collated.extend(rows) or collate(self, rows, *args)
 encode = run_mlm_flax.encode_texts  # Counting would change its key in the cache.
 run_mlm_flax.encode_texts = lambda *args, **settings: print("encodes") or encode(*args, **settings)
-stop_at, batch = int(os.environ.get("STOP_AT", 0)), run_mlm_flax.Run.batch
+stop_at, batch = int(os.environ.get("STOP_AT", 0)), run_mlm_flax.MaskedLMTrainer.batch
 fault, load, sleep = os.environ.get("FAULT"), run_mlm_flax.load_raw_datasets, time.sleep
 batches, exchanges, allgather = [], [], run_mlm_flax.multihost_utils.process_allgather
 
@@ -75,7 +75,7 @@ def full_disk(*args, **kwargs):
     raise OSError(28, "No space left on device")
 
 
-run_mlm_flax.Run.batch, run_mlm_flax.load_raw_datasets, time.sleep = watched, load_late, noted_sleep
+run_mlm_flax.MaskedLMTrainer.batch, run_mlm_flax.load_raw_datasets, time.sleep = watched, load_late, noted_sleep
 run_mlm_flax.multihost_utils.process_allgather = noted_allgather
 if fault == "full disk":
     run_mlm_flax.save_file = full_disk

@@ -224,7 +224,7 @@ def test_the_flags_reach_the_masks_of_training_and_evaluation(script, tmp_path):
     else:
         run.sparse_start = None
         keys = [script.SampleKey(i) for i in range(8)]
-        batches = [run.batch(run.tokenized[split], keys, 8) for split in ("train", "validation")]
+        batches = [run.batch(dataset, keys, 8) for dataset in (run.train_dataset, run.eval_dataset)]
     for batch, share in zip(batches, (1.0, 0.5)):
         ids, labels = np.asarray(batch["input_ids"]), np.asarray(batch["labels"])
         words = ids > 4

@@ -17,7 +17,7 @@ FLAGS = {
 CALLED = {
     "run_mlm": "TrainingArguments.__post_init__ read_texts encode_batch encode_texts read_rows "
     "fill_new_rows SparseHead.select MaskedLMCollator.__call__",
-    "run_mlm_flax": "TrainingArguments.__post_init__ create_schedule encode_batch save_checkpoint",
+    "run_mlm_flax": "TrainingArguments.__post_init__ create_schedule encode_batch MaskedLMTrainer.save_checkpoint",
 }
 
 

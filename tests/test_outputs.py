@@ -63,7 +63,7 @@ def test_charts_hold_the_logged_values(runs, name):
     entries = read_json(output, "trainer_state.json")["log_history"]
     for tag in sorted(TAGS):
         chart, name = tag.split("/")
-        key = f"eval_{name}" if chart == "eval" else name
+        key = f"eval_{name}" if chart == "eval" and name != "perplexity" else name
         expected = [(entry["step"], entry[key]) for entry in entries if key in entry]
         assert [step for step, _ in expected] == ([8, 12] if chart == "eval" else list(range(1, 13)))
         steps, values = points(events, tag)
@@ -142,6 +142,15 @@ def test_the_results_are_true(runs, name):
 
 
 @pytest.mark.parametrize("name", BOTH)
+def test_perplexity_has_one_name(runs, name):
+    folder, _ = runs[name]
+    evaluated = [entry for entry in history(folder) if "eval_loss" in entry]
+    results = [read_json(folder, f"{part}_results.json") for part in ("eval", "all")]
+    for entry in (*evaluated, *results):
+        assert entry["perplexity"] == math.exp(entry["eval_loss"]) and "eval_perplexity" not in entry
+
+
+@pytest.mark.parametrize("name", BOTH)
 def test_nothing_of_this_machine_is_in_a_card(runs, name):
     text = (runs[name][0] / "README.md").read_text(encoding="utf-8")
     assert "hf_secretofmine" not in text
@@ -171,7 +180,7 @@ def test_a_card_and_the_arguments_make_the_run_again(script, model_folder, text_
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
     card = (tmp_path / "one" / "README.md").read_text(encoding="utf-8")
     (entry,) = [entry for entry in history(tmp_path / "one") if entry["step"] == 2 and "eval_loss" in entry]
-    assert f"| 2 | {entry['eval_loss']:.6g} | {entry['eval_accuracy']:.6g} | {entry['eval_perplexity']:.6g} |" in card
+    assert f"| 2 | {entry['eval_loss']:.6g} | {entry['eval_accuracy']:.6g} | {entry['perplexity']:.6g} |" in card
     assert (
         "It started from model." in card and "| mlm_probability | 0.3 |" in card and "| max_seq_length | 16 |" in card
     )

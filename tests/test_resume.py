@@ -299,7 +299,7 @@ def test_signal_in_the_last_evaluation_still_saves(model_folder, text_files, tmp
     predict = run_mlm.MaskedLMTrainer.prediction_step
 
     def send_signal(self, *args, **kwargs):
-        if self.state.global_step == 12 and not self.callback_handler.callbacks[-1].signals.received:
+        if self.state.global_step == 12 and not self.callback_handler.callbacks[-1].signals.number:
             os.kill(os.getpid(), signal.SIGTERM)
         return predict(self, *args, **kwargs)
 

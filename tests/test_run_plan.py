@@ -34,7 +34,7 @@ def evaluations(output):
 @pytest.fixture
 def signal_in_step(script, monkeypatch):
     """A function that has a signal sent while a step is computed, once."""
-    place, name = (run_mlm.MaskedLMTrainer, "training_step") if script is run_mlm else (run_mlm_flax, "read_steps")
+    place, name = script.MaskedLMTrainer, "training_step" if script is run_mlm else "read_steps"
     function, sent = getattr(place, name), []
 
     def install(step, number=signal.SIGTERM):
@@ -211,8 +211,9 @@ def test_changed_settings_of_a_resume_are_named(script, model_folder, text_files
 
 
 @pytest.mark.pytorch
-def test_the_lowest_perplexity_is_the_best(model_folder, text_files, tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "perplexity"}
+@pytest.mark.parametrize("name", ["perplexity", "eval_perplexity"])
+def test_the_lowest_perplexity_is_the_best(model_folder, text_files, tmp_path, name):
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": name}
     settings |= {"load_best_model_at_end": True}
     run_mlm.main(training_flags(model_folder, text_files, tmp_path / "output", **settings))
     losses = evaluations(tmp_path / "output").values()
@@ -249,7 +250,7 @@ def test_the_log_names_the_peak_of_the_learning_rate(model_folder, text_files, t
     run = set_up(
         run_mlm_flax, training_flags(model_folder, text_files, tmp_path / "output", **{**settings, **schedule})
     )
-    run_mlm_flax.start_training(run, 0, None)
+    run.resume(None)
     assert f"peak learning rate {5e-5 / 7**0.5:.3g}" in caplog.text
 
 

@@ -91,9 +91,11 @@ def take(dataset, count, seed=42, first=0):
 def resumed_at(fresh, stopped, number):
     """Return a copy of a stream that goes on at the block of a sample, as a checkpoint of the stopped one tells it."""
     resumed = copy.deepcopy(fresh)
-    block = stopped.block_at(number)
+    stopped.forget_blocks_before(number)
+    block = stopped.blocks[0]
     resumed.start(json.loads(json.dumps(block)))
-    assert resumed.block_at(number) == block  # Also before it has read anything.
+    resumed.forget_blocks_before(number)
+    assert resumed.blocks == [block]  # Also before it has read anything.
     return resumed
 
 
@@ -137,7 +139,7 @@ def flax_steps(run):
     """Return the same of the Flax loop."""
     steps = []
     for keys in run.plan.steps():
-        batch = run.batch(run.tokenized["train"], keys, run.args.train_batch_size, run.args.gradient_accumulation_steps)
+        batch = run.batch(run.train_dataset, keys, run.args.train_batch_size, run.args.gradient_accumulation_steps)
         steps.append(unpadded(*(batch[name].reshape(-1, batch[name].shape[-1]) for name in ("input_ids", "labels"))))
     return steps
 
@@ -207,7 +209,7 @@ def test_a_stream_remembers_only_the_blocks_that_a_checkpoint_can_need(script, t
     settings = {"streaming": True, "line_by_line": "true", "shuffle_buffer_size": 2, "train_batch_size": 1}
     stream = tokenize(script, tokenizer, files, **settings)["train"]
     for number, _ in enumerate(itertools.islice(stream.samples(42, 0), 300)):
-        stream.block_at(number)
+        stream.forget_blocks_before(number)
         assert len(stream.blocks) <= 2
 
 

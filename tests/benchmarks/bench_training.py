@@ -49,7 +49,7 @@ class Variant:
     flags: list = field(default_factory=list)
     environment: dict = field(default_factory=dict)
     patches: list = field(default_factory=list)  # Functions of the imported script, called before its `main`.
-    changes: list = field(default_factory=list)  # Functions of the built `Trainer` or `Run`.
+    changes: list = field(default_factory=list)  # Functions of the built trainer.
     dense: bool = False  # Logits at every position.
     whole_layers: bool = False  # The last layer computes its unlabelled positions too.
     bf16: bool | None = None  # As asked for, if None.
@@ -57,9 +57,9 @@ class Variant:
 
 def stock_collator(run):
     """Make a run collate with the stock collator of its backend, from lists as the stock recipe has them."""
-    collator = run.data_collator if hasattr(run, "data_collator") else run.collator
+    collator = run.data_collator
     tokenizer, is_special = collator.tokenizer, collator.is_special
-    if hasattr(run, "data_collator"):
+    if type(collator).__module__ == ours.SCRIPT["torch"]:
         from transformers import DataCollatorForLanguageModeling
 
         stock_call = DataCollatorForLanguageModeling(tokenizer)

@@ -1,9 +1,9 @@
 """Every place where the benchmarks touch the two scripts. They run the real `main`, watched from outside:
 
 - `main(argv)`, and the environment that the scripts set when they are started as programs;
-- what `build_trainer` / `build_run` returns, and its collator (`data_collator` / `collator`), called once per batch;
+- the trainer (`build_trainer` / `MaskedLMTrainer`), and its `data_collator`, called once per batch;
 - the `tqdm` bar "Training" of run_mlm_flax.py, which advances once per step;
-- `evaluate`, and `tokenize_datasets`.
+- `evaluate` (a method in run_mlm_flax.py), and `tokenize_datasets`.
 """
 
 import importlib
@@ -17,8 +17,7 @@ import material
 
 SCRIPT = {"torch": "run_mlm", "flax": "run_mlm_flax"}
 PROGRAM_ENVIRONMENT = {"torch": {"USE_TF": "0"}, "flax": {"USE_TORCH": "0"}}
-BUILD = {"torch": "build_trainer", "flax": "build_run"}
-COLLATOR = {"torch": "data_collator", "flax": "collator"}
+BUILD = {"torch": "build_trainer", "flax": "MaskedLMTrainer"}
 # The stock Flax recipe has a linear schedule and no clipping. We clip when timed (more work), not for equal losses.
 SAME_RECIPE = {"torch": [], "flax": ["--lr_scheduler_type", "linear"]}
 SAME_LOSSES = {"torch": [], "flax": ["--max_grad_norm", "0", "--logging_steps", "1"]}
@@ -129,7 +128,7 @@ def train(spec, variant):
     def watch(run):
         for change in variant.changes:
             change(run)
-        replace_call(getattr(run, COLLATOR[backend]), lambda samples, original: clock.count_batch(original(samples)))
+        replace_call(run.data_collator, lambda samples, original: clock.count_batch(original(samples)))
         if backend == "torch":
             run.add_callback(torch_callback(clock))
 
@@ -149,7 +148,7 @@ def train(spec, variant):
 
 
 def watch_build(script, backend):
-    """Return a list: its functions are called with the `Trainer` or `Run` that the script builds."""
+    """Return a list: its functions are called with the trainer that the script builds."""
     watchers, build = [], getattr(script, BUILD[backend])
 
     def wrapped(*args, **kwargs):
@@ -172,7 +171,7 @@ def losses(spec):
         def call(samples, original):
             return tensors(next(batches)) if backend == "torch" else next(batches)
 
-        replace_call(getattr(run, COLLATOR[backend]), call)
+        replace_call(run.data_collator, call)
         if backend == "torch":
             record_torch_losses(run, found)
         else:
@@ -207,7 +206,8 @@ def record_torch_losses(trainer, found):
 def evaluate(spec):
     """Time the second of two evaluations (one where only memory is wanted) and return the measurements."""
     script = load(spec["backend"])
-    real, result = script.evaluate, {}
+    owner = script if spec["backend"] == "torch" else script.MaskedLMTrainer
+    real, result = owner.evaluate, {}
 
     def watched(*args):
         for _ in range(spec["passes"]):
@@ -218,7 +218,7 @@ def evaluate(spec):
         result.update(tokens_per_second=tokens / seconds, eval_loss=metrics["eval_loss"], **children.peak_memory())
         raise children.MeasuredError
 
-    script.evaluate = watched
+    owner.evaluate = watched
     run_until_measured(script, [*arguments(spec), "--do_eval", "--max_val_samples", str(spec["samples"])])
     return result
 
@@ -247,8 +247,7 @@ def first_batch(spec, measure):
     script = load(spec["backend"])
 
     def watch(run):
-        collator = getattr(run, COLLATOR[spec["backend"]])
-        replace_call(collator, lambda samples, original: measure(lambda: original(samples)))
+        replace_call(run.data_collator, lambda samples, original: measure(lambda: original(samples)))
 
     watch_build(script, spec["backend"]).append(watch)
     script.main([*arguments(spec), "--do_train", "--max_steps", "2"])
