@@ -1652,10 +1652,7 @@ class Part(nn.Module):
         """Return the attended values [B, L, H] of [B, L, heads, D]; `mask: bool [B, 1, 1 or L, L]` names the keys."""
         length, width = query.shape[1], query.shape[-1]
         if rate and self.has_rng("dropout"):
-            scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(width).astype(query.dtype)
-            scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
-            probabilities = jax.nn.softmax(scores.astype(jnp.float32)).astype(scores.dtype)
-            attended = jnp.einsum("bhqk,bkhd->bqhd", self.drop(probabilities, rate), value)
+            attended = dropped_attention(query, key, value, mask, self.make_rng("dropout"), rate)
         else:
             fused = self.attention if length % 2 == 0 and width % 8 == 0 else None
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, length)) if fused else mask
@@ -1711,15 +1708,55 @@ look_up.defvjp(lambda table, ids, padding_id: (table[ids], (table, ids)), look_u
 
 
 def fast_dropout(inputs, rate, key):
-    """Return what `nn.Dropout` returns; the mask is a hash ("lowbias32") of position and key, and never stored."""
-    words = lax.iota(jnp.uint32, inputs.size).reshape(inputs.shape)
+    """Return what `nn.Dropout` returns."""
+    return jnp.where(dropout_mask(inputs.shape, rate, key), inputs / (1.0 - rate), 0)
+
+
+def dropout_mask(shape, rate, key):
+    """Return which values dropout keeps, bool: a hash ("lowbias32") of position and key, which is never stored."""
+    words = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     for word in jax.random.bits(key, (2,), jnp.uint32):
         words = words + word
         words = (words ^ (words >> 16)) * np.uint32(0x7FEB352D)
         words = (words ^ (words >> 15)) * np.uint32(0x846CA68B)
         words = words ^ (words >> 16)
-    keep = 1.0 - rate
-    return jnp.where(words < np.uint32(min(round(keep * 2**32), 2**32 - 1)), inputs / keep, 0)
+    return words < np.uint32(min(round((1.0 - rate) * 2**32), 2**32 - 1))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def dropped_attention(query, key, value, mask, rng, rate):
+    """Return the attended values [B, L, heads, D], with dropout of the probabilities; arguments as of `Part.attend`.
+
+    The probabilities, in the type of `query`, are all of their size that is stored for the gradient. JAX's own gradient
+    stores them twice: in float32, and as they are after dropout.
+    """
+    return dropped_attention_forward(query, key, value, mask, rng, rate)[0]
+
+
+def dropped_attention_forward(query, key, value, mask, rng, rate):
+    """Return (attended values, what their gradient needs)."""
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key) / np.sqrt(query.shape[-1]).astype(query.dtype)
+    scores = jnp.where(mask, scores, jnp.finfo(scores.dtype).min)
+    probabilities = jax.nn.softmax(scores.astype(jnp.float32)).astype(scores.dtype)
+    attended = jnp.einsum("bhqk,bkhd->bqhd", fast_dropout(probabilities, rate, rng), value)
+    return attended, (query, key, value, rng, probabilities)
+
+
+def dropped_attention_backward(rate, saved, gradient):
+    """Return the gradients of `dropped_attention` for query, key and value."""
+    query, key, value, rng, probabilities = saved
+    # Divided here, not after dropout: XLA would store the result of the forward pass if it could be used again.
+    gradient = gradient / (1.0 - rate)
+    dropped = jnp.where(dropout_mask(probabilities.shape, rate, rng), probabilities, 0)
+    products = dropped.astype(jnp.float32) * jnp.einsum("bqhd,bkhd->bhqk", gradient, value)
+    scores = (products - probabilities * products.sum(-1, keepdims=True)) / math.sqrt(query.shape[-1])
+    scores = scores.astype(query.dtype)
+    for_query = jnp.einsum("bhqk,bkhd->bqhd", scores, key)
+    for_key = jnp.einsum("bhqk,bqhd->bkhd", scores, query)
+    return for_query, for_key, jnp.einsum("bhqk,bqhd->bkhd", dropped, gradient), None, None
+
+
+dropped_attention.defvjp(dropped_attention_forward, dropped_attention_backward)
 
 
 class BertLayer(Part):

@@ -100,6 +100,25 @@ def test_the_gradient_of_a_look_up_is_that_of_a_plain_one(padding_id):
     np.testing.assert_allclose(gradient, plain, rtol=1e-6, atol=1e-6 * np.abs(plain).max())
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 0.02)])
+def test_the_gradient_of_attention_with_dropout_is_jaxs_own(dtype, tolerance):
+    *keys, rng = jax.random.split(jax.random.key(0), 5)
+    query, key, value, weights = (jax.random.normal(each, (3, 33, 4, 8)) for each in keys)
+    mask = jnp.ones((3, 1, 1, 33), bool).at[1, ..., 20:].set(False)
+    plain = run_mlm_flax.dropped_attention.__wrapped__
+    results = []
+    for function, kind in ((run_mlm_flax.dropped_attention, dtype), (plain, jnp.float32)):
+
+        def total(*inputs, function=function):
+            return (function(*inputs, mask, rng, 0.3).astype(jnp.float32) * weights).sum()
+
+        inputs = [array.astype(kind) for array in (query, key, value)]
+        results.append(jax.jit(jax.grad(total, argnums=(0, 1, 2)))(*inputs))
+    for own, expected in zip(*results):
+        assert own.dtype == dtype
+        np.testing.assert_allclose(own.astype(jnp.float32), expected, rtol=0, atol=tolerance * abs(expected).max())
+
+
 @pytest.mark.parametrize(
     "family", ["bert", *(pytest.param(x, marks=pytest.mark.long) for x in ("albert", "modernbert"))]
 )

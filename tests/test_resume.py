@@ -64,6 +64,29 @@ def test_a_checkpoint_with_broken_weights_is_an_error(script, model_folder, text
     assert str(output / "checkpoint-3") in error
 
 
+@pytest.mark.flax
+def test_a_checkpoint_of_the_flax_classes_of_transformers_is_refused(model_folder, text_files, tmp_path, capfd):
+    """Their optimizer state has other names: {"bert": {"encoder": {"layer": {"0": ... {"kernel": ...}}}}}."""
+    from flax import serialization
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
+    script, checkpoint = importlib.import_module("run_mlm_flax"), tmp_path / "output" / "checkpoint-3"
+    arguments = training_flags(model_folder, text_files, tmp_path / "output")
+    script.main([*arguments, "--max_steps", "3"])
+    path = checkpoint / "optimizer.msgpack"
+    saved = serialization.msgpack_restore(path.read_bytes())
+    adam = saved["1"]["0"]
+    for moment in ("mu", "nu"):
+        parts = {(*".".join(path[:-1]).split("."), path[-1]): leaf for path, leaf in flatten_dict(adam[moment]).items()}
+        adam[moment] = unflatten_dict(parts)
+    assert "kernel" in adam["mu"]["bert"]["encoder"]["layer"]["0"]["attention"]["self"]["query"]
+    path.write_bytes(serialization.msgpack_serialize(saved))
+    before = weights(checkpoint)
+    line = error_line(script, arguments, capfd)
+    assert line.startswith(f"error: the optimizer state in {checkpoint}: "), line
+    assert weights(checkpoint) == before
+
+
 def test_a_named_checkpoint_is_resumed_in_another_folder(script, model_folder, text_files, tmp_path):
     whole, resumed = finished_run(script), tmp_path / "resumed"
     named = training_flags(model_folder, text_files, resumed, resume_from_checkpoint=whole / "checkpoint-6")
