@@ -12,7 +12,7 @@ with the same name have the same source in both scripts, unless they depend on t
 Where to change what: the masking rule in `mask_tokens`, which sees token ids, not text; which ids are never masked in
 `MaskingCollator`; how text becomes rows of ids in `encode_texts`; the order of the samples in `epoch_order`; the loss
 in `MaskedLMTrainer.compute_loss`; the optimizer with `--optim` or in `MaskedLMTrainer.create_optimizer`; the metrics in
-`prediction_step`, `masked_lm_metrics` and `mean_metrics`; file formats in `FILE_FORMATS`. A new flag is a field of an
+`prediction_step`, `metrics_of_sums` and `mean_metrics`; file formats in `FILE_FORMATS`. A new flag is a field of an
 argument class, with its limits in `INTERVALS` or `check_args`; `tests/flags_table.py --write` then lists it.
 
 Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size.
@@ -1849,7 +1849,7 @@ class MaskedLMTrainer(Trainer):
     """Trainer whose loss is averaged over all masked tokens of an optimizer step (all its batches and processes)."""
 
     def __init__(self, *args, sparse_start, settings, **kwargs):
-        super().__init__(*args, compute_metrics=masked_lm_metrics, **kwargs)
+        super().__init__(*args, compute_metrics=self.metrics_of_sums, **kwargs)
         self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
         if sparse_start and (self.args.gradient_checkpointing or self.args.fsdp):
             sparse_start = "encoder"  # Layers may run again in the backward pass, without positions; FSDP wraps them.
@@ -1901,6 +1901,12 @@ class MaskedLMTrainer(Trainer):
         positions = inputs.get("positions", torch.arange(size * length, device=labels.device))
         sums = scores.new_zeros(size, 3).index_add_(0, positions // length, scores)
         return None, sums[:, :2], sums[:, 2]
+
+    def metrics_of_sums(self, prediction):
+        """Return {"loss", "accuracy", "perplexity", "masked_share"} from the sums of `prediction_step`."""
+        loss, hits = prediction.predictions.sum(axis=0, dtype=np.float64)
+        count = prediction.label_ids.sum()
+        return {**mean_metrics(loss, hits, count), "masked_share": float(count / self.eval_dataset.lengths.sum())}
 
     def is_local_process_zero(self):
         """Return whether this process prints what the Trainer's callbacks log."""
@@ -2113,12 +2119,6 @@ class RunCallback(TrainerCallback):
         if stop_signal := self.any_signal():
             self.trainer.accelerator.wait_for_everyone()
             self.signals.stop(stop_signal, f"; checkpoint-{state.global_step} is saved")
-
-
-def masked_lm_metrics(prediction):
-    """Return {"loss", "accuracy", "perplexity"} from the sums of `prediction_step`."""
-    loss, hits = prediction.predictions.sum(axis=0, dtype=np.float64)
-    return mean_metrics(loss, hits, prediction.label_ids.sum())
 
 
 def result_names(metrics):

@@ -3116,6 +3116,7 @@ class MaskedLMTrainer:
         parts = jax.device_get(parts)
         sums = {name: sum(np.sum(part[name], dtype=np.float64) for part in parts) for name in parts[0]}
         metrics = mean_metrics(sums["loss"], sums["accuracy"], sums["normalizer"])
+        metrics["masked_share"] = float(sums["normalizer"] / dataset.lengths.sum())
         metrics = {name if name == "perplexity" else f"eval_{name}": value for name, value in metrics.items()}
         metrics |= speed_metrics("eval", start, len(dataset), len(batches))
         self.log(metrics)

@@ -98,11 +98,12 @@ def evaluate(script, folder, validation_file, tmp_path, **more):
     output = tmp_path / f"{script.__name__}-output"
     arguments = flags(model_name_or_path=folder, validation_file=validation_file, output_dir=output, do_eval=True)
     metrics = script.main(arguments + flags(**settings))
-    return {name: metrics[name] for name in ("eval_loss", "eval_accuracy", "perplexity", "eval_samples")}
+    names = "eval_loss", "eval_accuracy", "perplexity", "eval_samples", "eval_masked_share"
+    return {name: metrics[name] for name in names}
 
 
 def independent_evaluation(folder, validation_file):
-    """Return (loss, accuracy) of the plain Transformers model on the collator's batch of all samples."""
+    """Return (loss, accuracy, share of masked tokens) of plain Transformers on the collator's batch of all samples."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     raw = datasets.load_dataset("text", data_files={"validation": validation_file})
     tokenized = run_mlm.tokenize_datasets(raw, tokenizer, run_mlm.DataTrainingArguments(line_by_line=True), 16)
@@ -113,19 +114,20 @@ def independent_evaluation(folder, validation_file):
         output = model(**batch)
     labelled = batch["labels"] != -100
     hits = (output.logits.argmax(-1) == batch["labels"])[labelled]
-    return output.loss.item(), hits.double().mean().item()
+    return output.loss.item(), hits.double().mean().item(), int(labelled.sum()) / int(batch["attention_mask"].sum())
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_both_scripts_and_plain_transformers_agree(model_type, validation_file, tmp_path):
     folder = train_a_little(tmp_path / "model", tmp_path, model_type)
-    loss, accuracy = independent_evaluation(folder, validation_file)
+    loss, accuracy, share = independent_evaluation(folder, validation_file)
     for name in INSTALLED:
         metrics = evaluate(importlib.import_module(name), folder, validation_file, tmp_path)
         assert metrics["eval_loss"] == pytest.approx(loss, rel=1e-5)
         assert metrics["eval_accuracy"] == accuracy > 0
         assert metrics["perplexity"] == math.exp(metrics["eval_loss"])
         assert metrics["eval_samples"] == 27
+        assert metrics["eval_masked_share"] == pytest.approx(share)
 
 
 def test_evaluation_repeats_exactly_and_does_not_depend_on_the_batch_size(

@@ -29,6 +29,7 @@ RESULT_KEYS = {
         "epoch",
         "eval_accuracy",
         "eval_loss",
+        "eval_masked_share",
         "eval_runtime",
         "eval_samples",
         "eval_samples_per_second",
