@@ -148,14 +148,14 @@ ENCODE_BATCH = 1000  # Number of texts that are joined together, and the most th
 CALL_LENGTH = 500_000  # Most characters in one call of the tokenizer, which needs about 50 bytes for each.
 OVERLAP = 4_000  # Characters that two parts of a longer text share.
 SAME_TOKENS = 100  # Tokens that both parts must agree on, on each side of the place where they meet.
-WORD_MARKS = "▁", "Ġ", "Ċ", "\n", "<0x0A>"  # How the names of tokens with a leading space or line break start.
+WORD_MARKS = "▁", "Ġ", "Ċ", "\n", "<0x0A>"  # Prefixes of tokens that begin with a space or line break.
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits usually mean "no limit", and attention is quadratic.
 # Architectures whose position ids start at pad_token_id + 1.
 OFFSET_POSITIONS = (
     "camembert data2vec-text esm ibert longformer luke mpnet roberta roberta-prelayernorm xlm-roberta xlm-roberta-xl "
     "xmod"
 ).split()
-MAX_SHAPES = 6  # Most lengths that batches are padded to when the step is compiled, once for each length.
+MAX_SHAPES = 6  # At most this many padded lengths: the step is compiled for each.
 MAX_WORKERS = 4  # Processes that make batches for a GPU unless a flag says how many.
 LENGTH_WINDOW = 50  # Batches whose samples `--group_by_length` sorts together.
 STREAMED_VALIDATION = 1000  # Validation samples taken from the start of a stream that has no validation data.
@@ -229,7 +229,7 @@ class DataTrainingArguments:
     )
     validation_file: Optional[list[str]] = HfArg(default=None, help="Validation text, in the same formats.")
     train_ref_file: Optional[str] = HfArg(
-        default=None, help="Word references of train_file: per line, a JSON list of the tokens that continue a word."
+        default=None, help="Word references of train_file: per line, a JSON list of positions that continue a word."
     )
     validation_ref_file: Optional[str] = HfArg(default=None, help="Word references of validation_file.")
     text_column_name: Optional[str] = HfArg(default=None, help="Text column (default: text, or else the first one).")
@@ -237,7 +237,7 @@ class DataTrainingArguments:
     validation_split_percentage: Optional[int] = HfArg(
         default=5, help="Percentage of the training data used for validation if there is no validation data."
     )
-    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: the limit, at most 1024).")
+    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: model limit, up to 1024).")
     preprocessing_num_workers: Optional[int] = HfArg(default=None, help="Processes that tokenize.")
     mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
     final_mlm_probability: Optional[float] = HfArg(
@@ -248,7 +248,7 @@ class DataTrainingArguments:
     )
     mask_replace_prob: float = HfArg(default=0.8, help="Share of the chosen tokens that become the mask token.")
     random_replace_prob: float = HfArg(default=0.1, help="Share of the chosen tokens that become a random one.")
-    whole_word_mask: bool = HfArg(default=False, help="Choose whole words (needs a fast tokenizer).")
+    whole_word_mask: bool = HfArg(default=False, help="Mask whole words (needs a fast tokenizer).")
     line_by_line: bool = HfArg(default=LINE_BY_LINE_DEFAULT, help="Make each text a sample instead of joining texts.")
     pad_to_max_length: bool = HfArg(default=False, help="Pad every batch to max_seq_length.")
     streaming: bool = HfArg(default=False, help="Read and tokenize the text during training (needs max_steps).")
@@ -416,7 +416,7 @@ class ArgumentParser(HfArgumentParser):
 
 
 def expand_home(value):
-    """Return a setting with a leading ~, in a list that of each item, replaced by the user's home folder."""
+    """Return a setting, or list of them, with a leading ~ replaced by the user's home folder."""
     if isinstance(value, list):
         return [expand_home(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
@@ -467,7 +467,7 @@ def parse_args(argv=None):
 
 
 def check_args(model, data, training):
-    """Raise `UserError` for settings that contradict each other, before anything is loaded."""
+    """Raise `UserError` for missing or contradictory settings, before loading anything."""
     train_data = data.dataset_name or data.train_file
     files = data.train_file or data.validation_file
     references = data.train_ref_file or data.validation_ref_file
@@ -547,7 +547,7 @@ def write_errors(folder, what):
             yield
     except UserError as error:
         try:
-            with tempfile.TemporaryFile(dir=folder) as file:  # PyTorch does not say why it cannot write.
+            with tempfile.TemporaryFile(dir=folder) as file:  # The error itself may not say why.
                 file.write(bytes(2**20))
         except OSError as reason:
             if reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -582,7 +582,7 @@ def is_lost_connection(error):
 
 # ---- 2. Data --------------------------------------------------------------------------------------------------------
 def load_raw_datasets(model_args, data_args):
-    """Return the data sets or streams {"train", "validation"}, or only one of them, with one column, the text.
+    """Return {"train", "validation"}, or one of them: data sets or streams with one column, the text.
 
     Word references are a second column. Without validation data, the first texts of the training data are used: a
     percentage of them or, from a stream, the first samples (see `tokenize_streams`).
@@ -729,7 +729,7 @@ def file_format(path):
 
 
 def read_tables(paths, **settings):
-    """Yield (key, table) for the texts of files, in their order, the form in which `datasets` takes a stream."""
+    """Yield (key, table) for the texts of files, in order, as `ArrowExamplesIterable` needs it."""
     for path in paths:
         texts = ((text,) for _, text in read_texts(path, **settings))
         for number, part in enumerate(bounded_parts(texts)):
@@ -737,7 +737,7 @@ def read_tables(paths, **settings):
 
 
 def bounded_parts(items):
-    """Split items, whose first element is a text, into lists of `ENCODE_BATCH` items and `CALL_LENGTH` characters."""
+    """Yield lists of items (text, ...), at most `ENCODE_BATCH`; if several, at most `CALL_LENGTH` characters."""
     part, length = [], 0
     for item in items:
         if len(part) == ENCODE_BATCH or (part and length + len(item[0]) > CALL_LENGTH):
@@ -887,7 +887,7 @@ def choose_max_seq_length(data_args, tokenizer, config):
 
 
 def group_texts(values, max_seq_length):
-    """Return the values of all texts, joined, cut into full rows [N, max_seq_length]; the remainder is dropped."""
+    """Return 1-D values cut into full rows [N, max_seq_length], without the remainder."""
     return values[: len(values) // max_seq_length * max_seq_length].reshape(-1, max_seq_length)
 
 
@@ -904,9 +904,9 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
     remainders = {"input_ids": before[:0], "continues_word": np.zeros(0, np.uint8)}
     kinds = {name: pa.list_(pa.from_numpy_dtype(values.dtype)) for name, values in remainders.items()}
 
-    def complete(values, before, after):
+    def complete(values, first_ids, last_ids):
         first = max(0, len(values) - room) if tokenizer.truncation_side == "left" else 0
-        return np.concatenate([before, values[first : first + room], after], dtype=values.dtype)
+        return np.concatenate([first_ids, values[first : first + room], last_ids], dtype=values.dtype)
 
     for part in bounded_parts(texts):
         kept = [item for item in part if not line_by_line or (item[0] and not item[0].isspace())]
@@ -915,7 +915,7 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
             words = [reference_flags(item[1], len(before), len(body)) for item, body in zip(kept, bodies)]
         columns = {"input_ids": [complete(body, before, after) for body in bodies]}
         if word_starts is not None or len(part[0]) == 2:
-            columns["continues_word"] = [complete(flags, 0 * before, 0 * after) for flags in words]
+            columns["continues_word"] = [complete(flags, 0 * before, 0 * after) for flags in words]  # 0: special.
         if not line_by_line:
             for name, rows in columns.items():
                 joined = np.concatenate([remainders[name], *rows])
@@ -948,7 +948,7 @@ def reference_flags(references, first, length):
 
 
 def encode_bodies(texts, tokenizer, word_starts, id_type):
-    """Return the ids of texts without special tokens, and with `word_starts` also their `continues_word`."""
+    """Return two lists by text, without special tokens: ids and, with `word_starts`, `continues_word`."""
     if not tokenizer.is_fast:
         rows = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
         return [np.array(row, id_type) for row in rows], []
@@ -968,7 +968,7 @@ def encode_bodies(texts, tokenizer, word_starts, id_type):
 
 
 def encode_long(text, encode, arrays):
-    """Return the arrays of a long text, encoded in overlapping parts, which takes less memory.
+    """Return `arrays(encoding)` of a long text, encoded in overlapping parts to save memory.
 
     Two parts meet in the middle of their overlap, if both have the same tokens at the same places on both sides of it.
     Otherwise the text is encoded in one call.
@@ -1079,7 +1079,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
 def tokenize_streams(streams, encode, data_args, training_args):
     """Return {"train": StreamedDataset, "validation": TokenizedDataset}; the validation data is held in memory.
 
-    If there is none, the first samples of the training data become it, as many as are needed.
+    If there is none, the first samples of the training data are held out for it.
     """
     tokenized, used = {}, 0
     if "validation" in streams:
@@ -1099,9 +1099,9 @@ def tokenize_streams(streams, encode, data_args, training_args):
 
 
 def read_rows(stream, encode, state=None, skip=0):
-    """Yield ({"raw": state, "skip": number}, row) for the token rows of a stream, from row `skip` after a state on.
+    """Yield ({"raw": state, "skip": number}, row) for the token rows of a stream, starting at row `skip` after `state`.
 
-    The state, in which the row has this number, is that before its batch of texts.
+    Each yielded state precedes the batch of texts in which the row has that number.
     """
     stream = copy.deepcopy(stream)
     stream.load_state_dict(state)
@@ -1143,7 +1143,7 @@ def check_masks(dataset, collator):
 
 
 class SampleKey(NamedTuple):
-    """Names a sample, how far training is (from 0 to 1), and whether it has labels: masks follow from these alone."""
+    """A sample, epoch, training progress (0 to 1), and whether it has labels: with the seed, these give the masks."""
 
     index: int
     epoch: int = 0
@@ -1198,8 +1198,8 @@ def table_rows(table):
 class StreamedDataset:
     """Samples that are tokenized while training reads them, pass after pass, shuffled in blocks.
 
-    A sampler yields the samples themselves instead of keys, so `dataset[sample]` is the sample. Order and masks depend
-    on (seed, pass, row) alone; `blocks` are the places in the text where the latest blocks begin, for checkpoints.
+    A sampler yields samples, not keys: `dataset[sample]` is the sample. Order and masks depend on (seed, pass, row)
+    alone. `blocks` says where the latest blocks begin, for checkpoints: "first" counts from the run, "row" the pass.
     """
 
     def __init__(self, raw, encode, data_args, args, used=0):
@@ -1227,7 +1227,7 @@ class StreamedDataset:
             left = (self.data_args.max_train_samples or sys.maxsize) - block["row"]
             rows = itertools.islice(read_rows(self.raw, self.encode, block["raw"], block["skip"]), left)
             while read := list(itertools.islice(rows, self.data_args.shuffle_buffer_size)):
-                block = {"batch": self.args.global_batch_size, **block, **read[0][0]}
+                block = {"batch": self.args.global_batch_size, **block, **read[0][0]}  # Or as saved.
                 self.blocks.append(block)
                 self.lengths = np.array([len(row["input_ids"]) for _, row in read])
                 self.num_samples += len(read)
@@ -1268,8 +1268,8 @@ class Position(NamedTuple):
 class RunPlan:
     """Which samples each optimizer step of a run trains on: a function of data, arguments and the step alone.
 
-    An epoch is a pass over the samples; a stream is one epoch without end. `start` is the position of this process,
-    which follows `first_step` steps. Those may have had another batch size, so the position counts samples.
+    An epoch is a pass over the samples; a stream is one epoch without end. `start` is where this command begins,
+    after `first_step` steps. Those may have had another batch size, so the position counts samples.
     """
 
     def __init__(self, dataset, args, first_step=0, start=None):
@@ -1570,7 +1570,7 @@ def add_new_tokens(tokenizer, path):
     normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
     spellings = {}
     for token in filter(None, map(str.strip, lines)):
-        # Spellings that the tokenizer makes one, as "Café" and "cafe" without accents, are one token.
+        # Spellings that the tokenizer normalizes to one, such as "Café" and "cafe", are one token.
         spellings.setdefault(normalizer.normalize_str(token) if normalizer else token, token)
     tokens = list(spellings.values())
     if not tokens:
@@ -1586,7 +1586,7 @@ def add_new_tokens(tokenizer, path):
     tokenizer.add_tokens([transformers.AddedToken(token, single_word=spaced[token], lstrip=True) for token in pieces])
     logger.info(f"new tokens: {len(pieces):,} added, {len(tokens) - len(pieces):,} known")
     found = {max(tokenizer(token, add_special_tokens=False)["input_ids"]): ids for token, ids in pieces.items()}
-    return {new_id: ids for new_id, ids in found.items() if new_id > last_id}
+    return {new_id: ids for new_id, ids in found.items() if new_id > last_id}  # The highest id is the new one.
 
 
 def token_axes(model, size):
@@ -2240,7 +2240,7 @@ def check_output_dir(args, own):
 
 
 def find_old_run(folder, checkpoint, own):
-    """Return the paths in a folder that a run replaces: the results and, unless it continues there, all of a run."""
+    """Return what a run replaces in a folder: results and, unless it continues there, charts and checkpoints."""
     paths = [os.path.join(folder, name) for name in (*RESULTS, "arguments.json")]
     found = [path for path in paths if os.path.isfile(path)]
     if own:
@@ -2253,7 +2253,7 @@ def find_old_run(folder, checkpoint, own):
 
 
 def flag_paths(groups):
-    """Return {path: flag} of the paths that flags may read: texts as real paths, globs expanded, and their parents."""
+    """Return {real path: flag} of all that flags may read: values as paths, globs expanded, and their parents."""
     found = {}
     for name, value in itertools.chain.from_iterable(vars(group).items() for group in groups):
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
@@ -2351,7 +2351,7 @@ class StopSignals:
 
     def __exit__(self, kind, error, traceback):
         try:
-            if self.number and kind and not self.deferred:  # Compiled code may have raised an exception of its own.
+            if self.number and kind and not self.deferred:  # Compiled code may have turned the exit into an error.
                 self.stop(self.number)
         finally:
             for number, handler in self.previous.items():
@@ -2674,8 +2674,8 @@ def write_card(trainer, groups, history, metrics):
         f"# {name}\n\nA masked language model, trained with `{script}`. {origin}.",
         "\n".join(f"- {kind}: {value:.4g}" for kind, value in results.items()),
         "## Data\n\n" + describe_data(trainer, data_args),
-        "## Settings\n\n" + table(["setting", "value"], card_settings(trainer, groups, history[-1]["step"])),
-        "## Evaluations\n\n" + table(["step", *keys], evaluations) if evaluations else "",
+        "## Settings\n\n" + markdown_table(["setting", "value"], card_settings(trainer, groups, history[-1]["step"])),
+        "## Evaluations\n\n" + markdown_table(["step", *keys], evaluations) if evaluations else "",
         f"## Command\n\n    {command_line(script, args.given)}",
     ]
     with write_errors(args.output_dir, "the model card"):
@@ -2736,7 +2736,7 @@ def command_line(script, given):
     return shlex.join(words)
 
 
-def table(names, rows):
+def markdown_table(names, rows):
     """Return a Markdown table."""
     lines = [names, ["---"] * len(names), *rows]
     cells = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]

@@ -15,8 +15,8 @@ in `cross_entropy`; the models in section 4, and the names of a new family in `F
 `create_optimizer`; the metrics in `compute_metrics` and `mean_metrics`; file formats in `FILE_FORMATS`. A new flag is a
 field of an argument class, with its limits in `INTERVALS` or `check_args`; `tests/flags_table.py --write` lists it.
 
-Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size,
-A accumulated batches, D devices.
+Shapes: B batch (samples), L length (tokens), V vocabulary, K label slots of a batch (see `label_slots`), H hidden size,
+A accumulated batches, D devices, d head size.
 """
 
 import collections
@@ -69,7 +69,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from huggingface_hub import EvalResult, HfApi, ModelCardData, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 from jax import lax
-from jax._src import compilation_cache, distributed, lru_cache  # There is no public way to what is used of these.
+from jax._src import compilation_cache, distributed, lru_cache  # What is used of these has no public interface.
 from jax.experimental import multihost_utils
 from safetensors import SafetensorError
 from safetensors.flax import load_file
@@ -98,7 +98,7 @@ check_min_version("5.23.0")
 
 logger = logging.getLogger(__name__)
 
-# What PyTorch calls each part and setting of a family of models: "part=name". Of two pairs for one part, the later one
+# Names of the parts and settings of model families in PyTorch: "part=name". Of two pairs for one part, the later one
 # counts. An empty name means that the family has no such part. `activation` is that of feed-forward and head.
 BERT = (
     "base=bert words=embeddings.word_embeddings positions=embeddings.position_embeddings "
@@ -152,13 +152,13 @@ ACTIVATIONS = {
 # Files of weights, in the order in which they are looked for.
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 WEIGHT_FILES += ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack")
-LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}  # Parameters in Flax and in PyTorch.
-SORTED_BLOCK = 64  # Token gradients that are added up in one piece; see `look_up`.
+LEAVES = {"kernel": "weight", "embedding": "weight", "scale": "weight"}  # Parameter names: Flax to PyTorch.
+SORTED_BLOCK = 64  # Token gradients in one matrix product; see `look_up`.
 LINE_BY_LINE_DEFAULT = True  # The default of the original script: each text is a sample.
 OPTIMIZER_FILES = ("optimizer.msgpack",)  # The optimizer state in a checkpoint.
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay")
-MEETING_SECONDS = 300  # How long the processes wait for each other at the start; that of JAX.
-MAX_SHAPES = 6  # Most lengths that batches are padded to when the step is compiled, once for each length.
+MEETING_SECONDS = 300  # How long processes wait for each other at the start; JAX's default.
+MAX_SHAPES = 6  # At most this many padded lengths: the step is compiled for each.
 # Arguments, grouped by the interval that their values must be in; a round bracket excludes its end.
 INTERVALS = {
     "[1, 2147483647]": "train_batch_size eval_batch_size gradient_accumulation_steps max_seq_length max_train_samples "
@@ -196,7 +196,7 @@ ENCODE_BATCH = 1000  # Number of texts that are joined together, and the most th
 CALL_LENGTH = 500_000  # Most characters in one call of the tokenizer, which needs about 50 bytes for each.
 OVERLAP = 4_000  # Characters that two parts of a longer text share.
 SAME_TOKENS = 100  # Tokens that both parts must agree on, on each side of the place where they meet.
-WORD_MARKS = "▁", "Ġ", "Ċ", "\n", "<0x0A>"  # How the names of tokens with a leading space or line break start.
+WORD_MARKS = "▁", "Ġ", "Ċ", "\n", "<0x0A>"  # Prefixes of tokens that begin with a space or line break.
 MAX_DEFAULT_LENGTH = 1024  # Longer tokenizer limits usually mean "no limit", and attention is quadratic.
 # Architectures whose position ids start at pad_token_id + 1.
 OFFSET_POSITIONS = (
@@ -276,7 +276,7 @@ class DataTrainingArguments:
     )
     validation_file: Optional[list[str]] = HfArg(default=None, help="Validation text, in the same formats.")
     train_ref_file: Optional[str] = HfArg(
-        default=None, help="Word references of train_file: per line, a JSON list of the tokens that continue a word."
+        default=None, help="Word references of train_file: per line, a JSON list of positions that continue a word."
     )
     validation_ref_file: Optional[str] = HfArg(default=None, help="Word references of validation_file.")
     text_column_name: Optional[str] = HfArg(default=None, help="Text column (default: text, or else the first one).")
@@ -284,7 +284,7 @@ class DataTrainingArguments:
     validation_split_percentage: Optional[int] = HfArg(
         default=5, help="Percentage of the training data used for validation if there is no validation data."
     )
-    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: the limit, at most 1024).")
+    max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: model limit, up to 1024).")
     preprocessing_num_workers: Optional[int] = HfArg(default=None, help="Processes that tokenize.")
     mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
     final_mlm_probability: Optional[float] = HfArg(
@@ -295,7 +295,7 @@ class DataTrainingArguments:
     )
     mask_replace_prob: float = HfArg(default=0.8, help="Share of the chosen tokens that become the mask token.")
     random_replace_prob: float = HfArg(default=0.1, help="Share of the chosen tokens that become a random one.")
-    whole_word_mask: bool = HfArg(default=False, help="Choose whole words (needs a fast tokenizer).")
+    whole_word_mask: bool = HfArg(default=False, help="Mask whole words (needs a fast tokenizer).")
     line_by_line: bool = HfArg(default=LINE_BY_LINE_DEFAULT, help="Make each text a sample instead of joining texts.")
     pad_to_max_length: bool = HfArg(default=False, help="Pad every batch to max_seq_length.")
     streaming: bool = HfArg(default=False, help="Read and tokenize the text during training (needs max_steps).")
@@ -361,14 +361,14 @@ class TrainingArguments:
     process_id: Optional[int] = HfArg(default=None, help="Rank of this process, starting at 0.")
 
     def __post_init__(self):
-        self.drop_last_step = self.dataloader_drop_last
+        self.drop_last_step = self.dataloader_drop_last  # `run_mlm.py` resets that flag.
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()  # Bars would leave fragments in a file.
         self.old_run, self.named_checkpoints = [], []  # Set by `find_checkpoint`.
         self.lr_scheduler_kwargs = json.loads(self.lr_scheduler_kwargs or "{}")
         if not isinstance(self.lr_scheduler_kwargs, dict):
             raise InputError("--lr_scheduler_kwargs must be a JSON object")
-        create_schedule(self, num_steps=1)  # Raises an error that says what is wrong.
+        create_schedule(self, num_steps=1)  # Only to raise its errors early.
 
     @property
     def should_log(self):
@@ -437,7 +437,7 @@ class ArgumentParser(HfArgumentParser):
 
 
 def expand_home(value):
-    """Return a setting with a leading ~, in a list that of each item, replaced by the user's home folder."""
+    """Return a setting, or list of them, with a leading ~ replaced by the user's home folder."""
     if isinstance(value, list):
         return [expand_home(item) for item in value]
     return os.path.expanduser(value) if isinstance(value, str) else value
@@ -488,7 +488,7 @@ def parse_args(argv=None):
 
 
 def check_args(model, data, training):
-    """Raise `UserError` for settings that contradict each other, before anything is loaded."""
+    """Raise `UserError` for missing or contradictory settings, before loading anything."""
     train_data = data.dataset_name or data.train_file
     files = data.train_file or data.validation_file
     references = data.train_ref_file or data.validation_ref_file
@@ -568,7 +568,7 @@ def write_errors(folder, what):
             yield
     except UserError as error:
         try:
-            with tempfile.TemporaryFile(dir=folder) as file:  # PyTorch does not say why it cannot write.
+            with tempfile.TemporaryFile(dir=folder) as file:  # The error itself may not say why.
                 file.write(bytes(2**20))
         except OSError as reason:
             if reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -603,7 +603,7 @@ def is_lost_connection(error):
 
 # ---- 2. Data --------------------------------------------------------------------------------------------------------
 def load_raw_datasets(model_args, data_args):
-    """Return the data sets or streams {"train", "validation"}, or only one of them, with one column, the text.
+    """Return {"train", "validation"}, or one of them: data sets or streams with one column, the text.
 
     Word references are a second column. Without validation data, the first texts of the training data are used: a
     percentage of them or, from a stream, the first samples (see `tokenize_streams`).
@@ -750,7 +750,7 @@ def file_format(path):
 
 
 def read_tables(paths, **settings):
-    """Yield (key, table) for the texts of files, in their order, the form in which `datasets` takes a stream."""
+    """Yield (key, table) for the texts of files, in order, as `ArrowExamplesIterable` needs it."""
     for path in paths:
         texts = ((text,) for _, text in read_texts(path, **settings))
         for number, part in enumerate(bounded_parts(texts)):
@@ -758,7 +758,7 @@ def read_tables(paths, **settings):
 
 
 def bounded_parts(items):
-    """Split items, whose first element is a text, into lists of `ENCODE_BATCH` items and `CALL_LENGTH` characters."""
+    """Yield lists of items (text, ...), at most `ENCODE_BATCH`; if several, at most `CALL_LENGTH` characters."""
     part, length = [], 0
     for item in items:
         if len(part) == ENCODE_BATCH or (part and length + len(item[0]) > CALL_LENGTH):
@@ -908,7 +908,7 @@ def choose_max_seq_length(data_args, tokenizer, config):
 
 
 def group_texts(values, max_seq_length):
-    """Return the values of all texts, joined, cut into full rows [N, max_seq_length]; the remainder is dropped."""
+    """Return 1-D values cut into full rows [N, max_seq_length], without the remainder."""
     return values[: len(values) // max_seq_length * max_seq_length].reshape(-1, max_seq_length)
 
 
@@ -925,9 +925,9 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
     remainders = {"input_ids": before[:0], "continues_word": np.zeros(0, np.uint8)}
     kinds = {name: pa.list_(pa.from_numpy_dtype(values.dtype)) for name, values in remainders.items()}
 
-    def complete(values, before, after):
+    def complete(values, first_ids, last_ids):
         first = max(0, len(values) - room) if tokenizer.truncation_side == "left" else 0
-        return np.concatenate([before, values[first : first + room], after], dtype=values.dtype)
+        return np.concatenate([first_ids, values[first : first + room], last_ids], dtype=values.dtype)
 
     for part in bounded_parts(texts):
         kept = [item for item in part if not line_by_line or (item[0] and not item[0].isspace())]
@@ -936,7 +936,7 @@ def encode_texts(texts, tokenizer, special_ids, word_starts, line_by_line, max_s
             words = [reference_flags(item[1], len(before), len(body)) for item, body in zip(kept, bodies)]
         columns = {"input_ids": [complete(body, before, after) for body in bodies]}
         if word_starts is not None or len(part[0]) == 2:
-            columns["continues_word"] = [complete(flags, 0 * before, 0 * after) for flags in words]
+            columns["continues_word"] = [complete(flags, 0 * before, 0 * after) for flags in words]  # 0: special.
         if not line_by_line:
             for name, rows in columns.items():
                 joined = np.concatenate([remainders[name], *rows])
@@ -969,7 +969,7 @@ def reference_flags(references, first, length):
 
 
 def encode_bodies(texts, tokenizer, word_starts, id_type):
-    """Return the ids of texts without special tokens, and with `word_starts` also their `continues_word`."""
+    """Return two lists by text, without special tokens: ids and, with `word_starts`, `continues_word`."""
     if not tokenizer.is_fast:
         rows = (tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts)
         return [np.array(row, id_type) for row in rows], []
@@ -989,7 +989,7 @@ def encode_bodies(texts, tokenizer, word_starts, id_type):
 
 
 def encode_long(text, encode, arrays):
-    """Return the arrays of a long text, encoded in overlapping parts, which takes less memory.
+    """Return `arrays(encoding)` of a long text, encoded in overlapping parts to save memory.
 
     Two parts meet in the middle of their overlap, if both have the same tokens at the same places on both sides of it.
     Otherwise the text is encoded in one call.
@@ -1100,7 +1100,7 @@ def tokenize_datasets(raw_datasets, tokenizer, data_args, max_seq_length, traini
 def tokenize_streams(streams, encode, data_args, training_args):
     """Return {"train": StreamedDataset, "validation": TokenizedDataset}; the validation data is held in memory.
 
-    If there is none, the first samples of the training data become it, as many as are needed.
+    If there is none, the first samples of the training data are held out for it.
     """
     tokenized, used = {}, 0
     if "validation" in streams:
@@ -1120,9 +1120,9 @@ def tokenize_streams(streams, encode, data_args, training_args):
 
 
 def read_rows(stream, encode, state=None, skip=0):
-    """Yield ({"raw": state, "skip": number}, row) for the token rows of a stream, from row `skip` after a state on.
+    """Yield ({"raw": state, "skip": number}, row) for the token rows of a stream, starting at row `skip` after `state`.
 
-    The state, in which the row has this number, is that before its batch of texts.
+    Each yielded state precedes the batch of texts in which the row has that number.
     """
     stream = copy.deepcopy(stream)
     stream.load_state_dict(state)
@@ -1164,7 +1164,7 @@ def check_masks(dataset, collator):
 
 
 class SampleKey(NamedTuple):
-    """Names a sample, how far training is (from 0 to 1), and whether it has labels: masks follow from these alone."""
+    """A sample, epoch, training progress (0 to 1), and whether it has labels: with the seed, these give the masks."""
 
     index: int
     epoch: int = 0
@@ -1219,8 +1219,8 @@ def table_rows(table):
 class StreamedDataset:
     """Samples that are tokenized while training reads them, pass after pass, shuffled in blocks.
 
-    A sampler yields the samples themselves instead of keys, so `dataset[sample]` is the sample. Order and masks depend
-    on (seed, pass, row) alone; `blocks` are the places in the text where the latest blocks begin, for checkpoints.
+    A sampler yields samples, not keys: `dataset[sample]` is the sample. Order and masks depend on (seed, pass, row)
+    alone. `blocks` says where the latest blocks begin, for checkpoints: "first" counts from the run, "row" the pass.
     """
 
     def __init__(self, raw, encode, data_args, args, used=0):
@@ -1248,7 +1248,7 @@ class StreamedDataset:
             left = (self.data_args.max_train_samples or sys.maxsize) - block["row"]
             rows = itertools.islice(read_rows(self.raw, self.encode, block["raw"], block["skip"]), left)
             while read := list(itertools.islice(rows, self.data_args.shuffle_buffer_size)):
-                block = {"batch": self.args.global_batch_size, **block, **read[0][0]}
+                block = {"batch": self.args.global_batch_size, **block, **read[0][0]}  # Or as saved.
                 self.blocks.append(block)
                 self.lengths = np.array([len(row["input_ids"]) for _, row in read])
                 self.num_samples += len(read)
@@ -1289,8 +1289,8 @@ class Position(NamedTuple):
 class RunPlan:
     """Which samples each optimizer step of a run trains on: a function of data, arguments and the step alone.
 
-    An epoch is a pass over the samples; a stream is one epoch without end. `start` is the position of this process,
-    which follows `first_step` steps. Those may have had another batch size, so the position counts samples.
+    An epoch is a pass over the samples; a stream is one epoch without end. `start` is where this command begins,
+    after `first_step` steps. Those may have had another batch size, so the position counts samples.
     """
 
     def __init__(self, dataset, args, first_step=0, start=None):
@@ -1490,7 +1490,7 @@ class MaskingCollator:
 
 
 class FlaxDataCollatorForLanguageModeling(MaskingCollator):
-    """The masking collator under its documented name, with the documented `mask_tokens`."""
+    """The masking collator, with the name and `mask_tokens` of the Transformers example."""
 
     def __call__(self, examples, pad_to_multiple_of=None, length=0):
         """Return {"input_ids", "attention_mask", "labels"}, int32 [B, L]."""
@@ -1527,7 +1527,7 @@ def add_new_tokens(tokenizer, path):
     normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
     spellings = {}
     for token in filter(None, map(str.strip, lines)):
-        # Spellings that the tokenizer makes one, as "Café" and "cafe" without accents, are one token.
+        # Spellings that the tokenizer normalizes to one, such as "Café" and "cafe", are one token.
         spellings.setdefault(normalizer.normalize_str(token) if normalizer else token, token)
     tokens = list(spellings.values())
     if not tokens:
@@ -1543,7 +1543,7 @@ def add_new_tokens(tokenizer, path):
     tokenizer.add_tokens([transformers.AddedToken(token, single_word=spaced[token], lstrip=True) for token in pieces])
     logger.info(f"new tokens: {len(pieces):,} added, {len(tokens) - len(pieces):,} known")
     found = {max(tokenizer(token, add_special_tokens=False)["input_ids"]): ids for token, ids in pieces.items()}
-    return {new_id: ids for new_id, ids in found.items() if new_id > last_id}
+    return {new_id: ids for new_id, ids in found.items() if new_id > last_id}  # The highest id is the new one.
 
 
 def log_new_tokens(new_tokens, dataset):
@@ -1622,10 +1622,10 @@ class Part(nn.Module):
 
     config: Any
     dtype: Any = jnp.float32
-    attention: Optional[str] = None  # The implementation of attention without dropout.
+    attention: Optional[str] = None  # See `fused_attention`; unused with dropout.
 
     def setting(self, part):
-        """Return the value of a setting, which the configuration of the family has under a name of its own."""
+        """Return a setting; its name in the configuration depends on the family."""
         return getattr(self.config, FAMILIES[self.config.model_type][part])
 
     def initializer(self, scale=1.0):
@@ -1649,12 +1649,12 @@ class Part(nn.Module):
         return fast_dropout(inputs, rate, self.make_rng("dropout")) if rate and self.has_rng("dropout") else inputs
 
     def attend(self, query, key, value, mask, rate):
-        """Return the attended values [B, L, H] of [B, L, heads, D]; `mask: bool [B, 1, 1 or L, L]` names the keys."""
+        """Return the attended values [B, L, H] of [B, L, heads, d]; `mask: bool [B, 1, 1 or L, L]` picks the keys."""
         length, width = query.shape[1], query.shape[-1]
         if rate and self.has_rng("dropout"):
             attended = dropped_attention(query, key, value, mask, self.make_rng("dropout"), rate)
         else:
-            fused = self.attention if length % 2 == 0 and width % 8 == 0 else None
+            fused = self.attention if length % 2 == 0 and width % 8 == 0 else None  # cuDNN's limits.
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, length)) if fused else mask
             attended = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=fused)
         return attended.reshape(*attended.shape[:2], -1)
@@ -1708,12 +1708,12 @@ look_up.defvjp(lambda table, ids, padding_id: (table[ids], (table, ids)), look_u
 
 
 def fast_dropout(inputs, rate, key):
-    """Return what `nn.Dropout` returns."""
+    """Apply dropout by `dropout_mask`."""
     return jnp.where(dropout_mask(inputs.shape, rate, key), inputs / (1.0 - rate), 0)
 
 
 def dropout_mask(shape, rate, key):
-    """Return which values dropout keeps, bool: a hash ("lowbias32") of position and key, which is never stored."""
+    """Return which values dropout keeps, bool: hashed ("lowbias32") from position and key, so never stored."""
     words = lax.iota(jnp.uint32, math.prod(shape)).reshape(shape)
     for word in jax.random.bits(key, (2,), jnp.uint32):
         words = words + word
@@ -1725,10 +1725,10 @@ def dropout_mask(shape, rate, key):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def dropped_attention(query, key, value, mask, rng, rate):
-    """Return the attended values [B, L, heads, D], with dropout of the probabilities; arguments as of `Part.attend`.
+    """Return the attended values [B, L, heads, d], with dropout of the probabilities; arguments as of `Part.attend`.
 
-    The probabilities, in the type of `query`, are all of their size that is stored for the gradient. JAX's own gradient
-    stores them twice: in float32, and as they are after dropout.
+    Of the arrays [B, heads, L, L], only the probabilities, in the type of `query`, are stored for the gradient. JAX's
+    own gradient stores two: in float32, and after dropout.
     """
     return dropped_attention_forward(query, key, value, mask, rng, rate)[0]
 
@@ -1745,7 +1745,7 @@ def dropped_attention_forward(query, key, value, mask, rng, rate):
 def dropped_attention_backward(rate, saved, gradient):
     """Return the gradients of `dropped_attention` for query, key and value."""
     query, key, value, rng, probabilities = saved
-    # Divided here, not after dropout: XLA would store the result of the forward pass if it could be used again.
+    # Dividing `dropped` instead would repeat the forward pass, whose result XLA would then store for reuse.
     gradient = gradient / (1.0 - rate)
     dropped = jnp.where(dropout_mask(probabilities.shape, rate, rng), probabilities, 0)
     products = dropped.astype(jnp.float32) * jnp.einsum("bqhd,bkhd->bhqk", gradient, value)
@@ -1786,7 +1786,7 @@ class BertLayer(Part):
 
 def select(hidden, positions):
     """Return [K, H] of `hidden: [B, L, H]` at `positions: int [K]` in B * L, which are distinct."""
-    rows = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)  # Adding to bfloat16 is slow on a GPU.
+    rows = hidden.reshape(-1, hidden.shape[-1]).astype(jnp.float32)  # Its gradient adds: slow in bfloat16.
     return rows.at[positions].get(unique_indices=True).astype(hidden.dtype)
 
 
@@ -1803,8 +1803,8 @@ class MaskedLM(Part):
     def words(self, input_ids, width):
         """Return (table float32 [V, width], embeddings float32 [B, L, width])."""
         config, names = self.config, FAMILIES[self.config.model_type]
-        zeros = None if config.model_type == "modernbert" else config.pad_token_id  # Not zeros there in PyTorch either.
-        table = self.table(config.vocab_size, width, f"{names['base']}.{names['words']}", zeros)
+        zero_id = None if config.model_type == "modernbert" else config.pad_token_id  # As in PyTorch.
+        table = self.table(config.vocab_size, width, f"{names['base']}.{names['words']}", zero_id)
         return table, look_up(table, input_ids, config.pad_token_id)
 
     def decode(self, hidden, table, bias=True, scale=1.0):
@@ -1846,7 +1846,7 @@ class FlaxBertForMaskedLM(MaskedLM):
         return self.decode(self.norm(names["transform_norm"])(hidden), table)
 
     def place(self, input_ids, width):
-        """Return the embeddings of the positions: [L, width], or [B, L, width] where padding does not count."""
+        """Return the position embeddings: [L, width], or [B, L, width] if positions skip padding."""
         config, names = self.config, FAMILIES[self.config.model_type]
         counted, name = config.model_type in OFFSET_POSITIONS, f"{names['base']}.{names['positions']}"
         padding_id = config.pad_token_id if counted else None
@@ -1916,7 +1916,7 @@ class ModernLayer(ModernPart, Part):
 
 
 def rotate(inputs, theta):
-    """Return [B, L, heads, D] with rotary position embeddings (Su et al. 2021)."""
+    """Return [B, L, heads, d] with rotary position embeddings (Su et al. 2021)."""
     half = inputs.shape[-1] // 2
     angles = jnp.arange(inputs.shape[1])[:, None] / theta ** (jnp.arange(half) / half)
     cos, sin = jnp.cos(angles)[None, :, None, :], jnp.sin(angles)[None, :, None, :]
@@ -2011,7 +2011,7 @@ def fused_attention():
     try:
         inputs = np.ones((jax.local_device_count(), 1, 64, 1, 64), jnp.bfloat16)
         jax.block_until_ready(jax.pmap(jax.grad(total))(inputs))
-    except Exception as error:  # Of the card, the driver or cuDNN: which they must be is documented nowhere.
+    except Exception as error:  # No document says which cards, drivers and cuDNN versions work.
         logger.warning(f"Attention is not fused on this GPU: {str(error).splitlines()[0]}")
         return None
     return "cudnn"
@@ -2036,7 +2036,7 @@ def parameter_shapes(model, seed=0):
 
 
 def create_parameters(model, weights, seed):
-    """Return the tree of parameters, NumPy arrays: `weights` by their PyTorch names, random for those that it lacks."""
+    """Return the tree of parameters, NumPy arrays: from `weights`, by PyTorch name, or random if not there."""
     shapes, params = parameter_shapes(model), {}
     if any(parameter_name(path) not in weights for path in shapes):
         ids = jnp.ones((1, 1), jnp.int32)
@@ -2106,7 +2106,7 @@ def match_weights(weights, model, source):
         raise InputError(f"it holds no weights of the type {model.config.model_type}")
     missing = [parameter_name(path) for path in parameter_shapes(model) if parameter_name(path) not in found]
     left = [name for name in left - vocabulary_names(model.config) if not name.endswith("position_ids")]
-    for what, these in (("lacks these weights, which are new", missing), ("has weights that are not used", left)):
+    for what, these in (("lacks these, newly initialized", missing), ("has weights that are not used", left)):
         if these:
             logger.warning(f"{source} {what}: {', '.join(sorted(these))}")
     return found
@@ -2198,6 +2198,7 @@ def create_schedule(args, num_steps):
     timescale = warmup or 10_000
     if name == "warmup_stable_decay":
         with user_errors("--lr_scheduler_kwargs"):
+            # `bind` makes a wrong name a user error; raised by the call itself, it would count as a bug (see `is_bug`).
             inspect.signature(warmup_stable_decay).bind(rate, warmup, num_steps, **args.lr_scheduler_kwargs)
             return warmup_stable_decay(rate, warmup, num_steps, **args.lr_scheduler_kwargs)
     if args.lr_scheduler_kwargs:
@@ -2243,7 +2244,7 @@ def accuracy(logits, targets, weights=None):
 def cross_entropy(logits, targets, weights=None, label_smoothing=0.0):
     """Return (sum of the weighted losses, sum of the weights) for `logits: [..., V]`, `targets: int [...]`.
 
-    With label smoothing, the other tokens share that probability, and the lowest possible loss is subtracted (Flax,
+    The other tokens share the probability `label_smoothing`, and the lowest possible loss is subtracted (Flax,
     examples/lm1b). Raises `ValueError` for other shapes.
     """
     check_shapes(logits, targets)
@@ -2459,7 +2460,7 @@ def check_output_dir(args, own):
 
 
 def find_old_run(folder, checkpoint, own):
-    """Return the paths in a folder that a run replaces: the results and, unless it continues there, all of a run."""
+    """Return what a run replaces in a folder: results and, unless it continues there, charts and checkpoints."""
     paths = [os.path.join(folder, name) for name in (*RESULTS, "arguments.json")]
     found = [path for path in paths if os.path.isfile(path)]
     if own:
@@ -2472,7 +2473,7 @@ def find_old_run(folder, checkpoint, own):
 
 
 def flag_paths(groups):
-    """Return {path: flag} of the paths that flags may read: texts as real paths, globs expanded, and their parents."""
+    """Return {real path: flag} of all that flags may read: values as paths, globs expanded, and their parents."""
     found = {}
     for name, value in itertools.chain.from_iterable(vars(group).items() for group in groups):
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
@@ -2570,7 +2571,7 @@ class StopSignals:
 
     def __exit__(self, kind, error, traceback):
         try:
-            if self.number and kind and not self.deferred:  # Compiled code may have raised an exception of its own.
+            if self.number and kind and not self.deferred:  # Compiled code may have turned the exit into an error.
                 self.stop(self.number)
         finally:
             for number, handler in self.previous.items():
@@ -2842,7 +2843,7 @@ def ending_together():
 
 
 def end_processes(cause, status):
-    """Print why this process ends, tell the others, and end it although a thread of it may wait for a device."""
+    """Print why this process ends, tell the others, and end it even if one of its threads waits for a device."""
     ENDING.acquire()  # Never released: only the first cause is reported.
     print_error(cause)
     client = distributed.global_state.client
@@ -2905,7 +2906,7 @@ class MaskedLMTrainer:
         self.step, self.losses, self.log_history = 0, LossSums(), []
         self.timer = 0, 0.0  # Step and time from which `tokens_per_second` is measured.
         self.unread = []  # Losses and notices of the latest steps, on the devices.
-        self.stop_signal = 0  # The signal that any process has received, as far as the steps have told.
+        self.stop_signal = 0  # A signal that any process has received, known one step late.
         self.slots = collections.deque()  # K of the batches to come; see `batches`.
         self.eval_slots = []  # K of each batch of an evaluation, with several processes.
 
@@ -2969,7 +2970,7 @@ class MaskedLMTrainer:
 
         All processes compile the same step, so they need the same K, the largest one. A notice is [a signal that this
         process has received, the K that it needs for the batch after the next one]: the notices are exchanged while
-        the devices compute, and `read_steps` reads the largest one step later. So no step waits for an exchange.
+        the devices compute, and a step later, `read_steps` reads the largest. So no step waits for an exchange.
         """
         sizes = self.args.train_batch_size, self.args.gradient_accumulation_steps
         made = (self.batch(self.train_dataset, keys, *sizes) for keys in self.plan.steps())
@@ -3087,7 +3088,7 @@ class MaskedLMTrainer:
         self.unread = []
 
     def log_losses(self):
-        """Log the mean of the losses since the last report, and what belongs to the last step."""
+        """Log mean loss and speed since the last report, and the last rate and gradient norm."""
         self.read_steps()
         step, start = self.timer
         samples, seconds = self.plan.num_samples(self.step) - self.plan.num_samples(step), time.perf_counter() - start
@@ -3210,7 +3211,7 @@ class CompiledCode(lru_cache.LRUCache):
 
 
 def keep_compiled_code(model_args):
-    """Keep compiled code for the next run of the same shapes, unless JAX was told where to keep it."""
+    """Keep compiled code for later runs: where JAX was told to, or else in the cache folder."""
     compilation_cache.LRUCache = CompiledCode
     if not jax.config.jax_compilation_cache_dir:
         folder = model_args.cache_dir or datasets.config.HF_CACHE_HOME
@@ -3250,8 +3251,8 @@ def write_card(trainer, groups, history, metrics):
         f"# {name}\n\nA masked language model, trained with `{script}`. {origin}.",
         "\n".join(f"- {kind}: {value:.4g}" for kind, value in results.items()),
         "## Data\n\n" + describe_data(trainer, data_args),
-        "## Settings\n\n" + table(["setting", "value"], card_settings(trainer, groups, history[-1]["step"])),
-        "## Evaluations\n\n" + table(["step", *keys], evaluations) if evaluations else "",
+        "## Settings\n\n" + markdown_table(["setting", "value"], card_settings(trainer, groups, history[-1]["step"])),
+        "## Evaluations\n\n" + markdown_table(["step", *keys], evaluations) if evaluations else "",
         f"## Command\n\n    {command_line(script, args.given)}",
     ]
     with write_errors(args.output_dir, "the model card"):
@@ -3312,7 +3313,7 @@ def command_line(script, given):
     return shlex.join(words)
 
 
-def table(names, rows):
+def markdown_table(names, rows):
     """Return a Markdown table."""
     lines = [names, ["---"] * len(names), *rows]
     cells = [[f"{cell:.6g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]

@@ -228,7 +228,7 @@ def test_an_encoder_without_a_head_gets_a_new_one_and_one_line_says_so(tmp_path,
     metrics = run_mlm_flax.main(start(folder, tmp_path))
     assert metrics["eval_loss"] > 0
     (line,) = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert line.startswith(f"{folder} lacks these weights, which are new: cls.predictions.bias, cls.predictions.")
+    assert line.startswith(f"{folder} lacks these, newly initialized: cls.predictions.bias, cls.predictions.")
 
 
 def test_a_weight_of_another_shape_and_those_of_another_type_are_errors(tmp_path, capfd):
