@@ -9,11 +9,12 @@ Fine-tune a BERT-like model, or train one from scratch:
 `run_mlm_flax.py` is the same program on JAX: the same flags, masks, batches and result files. Definitions
 with the same name have the same source in both scripts, unless they depend on the framework.
 
-Where to change what: the masking rule in `mask_tokens`, which sees token ids, not text; which ids are never masked in
-`MaskingCollator`; how text becomes rows of ids in `encode_texts`; the order of the samples in `epoch_order`; the loss
-in `MaskedLMTrainer.compute_loss`; the optimizer with `--optim` or in `MaskedLMTrainer.create_optimizer`; the metrics in
-`prediction_step`, `metrics_of_sums` and `mean_metrics`; file formats in `FILE_FORMATS`. A new flag is a field of an
-argument class, with its limits in `INTERVALS` or `check_args`; `tests/flags_table.py --write` then lists it.
+Where to change what: the masking rule in `mask_tokens`, which sees token ids, not text (its shares are flags); which
+ids are never masked in `MaskingCollator`; how text becomes rows of ids in `encode_texts`; the order of the samples in
+`epoch_order`; the training loss in `MaskedLMTrainer.compute_loss`, its divisor in `get_batch_samples`; loss and metrics
+of an evaluation in `prediction_step`, `metrics_of_sums` and `mean_metrics`; the optimizer with `--optim` or in
+`create_optimizer`; file formats in `FILE_FORMATS`. A new flag is a field of an argument class, with its limits in
+`INTERVALS` or `check_args`; `tests/flags_table.py --write` lists flags and defaults.
 
 Shapes: B batch (samples), L length (tokens of a sample), V vocabulary, K masked positions of a batch, H hidden size.
 """
@@ -239,7 +240,7 @@ class DataTrainingArguments:
     )
     max_seq_length: Optional[int] = HfArg(default=None, help="Tokens per sample (default: model limit, up to 1024).")
     preprocessing_num_workers: Optional[int] = HfArg(default=None, help="Processes that tokenize.")
-    mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to mask and predict.")
+    mlm_probability: float = HfArg(default=0.15, help="Share of the tokens to choose and predict.")
     final_mlm_probability: Optional[float] = HfArg(
         default=None, help="Share to mask at the last step, reached linearly (default: mlm_probability)."
     )
@@ -1404,8 +1405,8 @@ def mask_tokens(
     """Choose the tokens of a sample to predict and hide most of them (BERT, Devlin et al. 2019, section 3.1).
 
     `input_ids: int [L]`, `special_tokens_mask: bool [L]` (never chosen). A chosen token becomes the mask token, a
-    random one, or stays. With `continues_word: bool [L]`, whole words are chosen. Returns (inputs, labels), both
-    int32 [L]; labels are -100 where nothing was chosen.
+    random one, or stays. With `continues_word: bool [L]`, a word is chosen if its first token is. Returns (inputs,
+    labels), both int32 [L]; labels are -100 where nothing was chosen.
     """
     chosen = generator.random(len(input_ids)) < mlm_probability
     if continues_word is not None:
@@ -1532,7 +1533,8 @@ def label_slots(labels, probability):
     """Return K, the slots for the labels [..., B, L]. It rarely changes: each K compiles the step again."""
     tokens = labels.shape[-2] * labels.shape[-1]
     expected = tokens * probability
-    # Five standard deviations above the expected number, or a multiple of that if there are more labels.
+    # Five standard deviations above the expected number if tokens are chosen independently (spans of tokens would need
+    # more), or a multiple of that if there are more labels.
     slots = 8 * math.ceil((expected + 5 * math.sqrt(expected * (1 - probability))) / 8)
     most = int((labels >= 0).sum((-2, -1)).max())
     return min(tokens, slots * max(1, math.ceil(most / slots)))
@@ -1872,7 +1874,7 @@ class MaskedLMTrainer(Trainer):
             return model(**batch, return_dict=True).logits.flatten(0, 1), labels
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the summed loss divided by the number of masked tokens of the step; 0 if there are none."""
+        """Return the summed loss of a batch, one of those of the step, divided by the masked tokens of the step."""
         logits, labels = self.masked_logits(model, inputs)
         smoothing = self.args.label_smoothing_factor
         loss = cross_entropy(logits.float(), labels, reduction="sum", label_smoothing=smoothing)
@@ -2471,7 +2473,7 @@ def masking_settings(data_args, training_args):
 
 
 def run_settings(data_args, training_args, max_seq_length, dataset):
-    """Return the settings that order and masks of the samples depend on, for a checkpoint."""
+    """Return the settings that the order of the samples and the random numbers of their masks depend on."""
     settings = {name: getattr(data_args, name) for name in ("line_by_line", "streaming", "whole_word_mask")}
     for name in ("seed", "group_by_length", "drop_last_step"):
         settings[name] = getattr(training_args, name)
