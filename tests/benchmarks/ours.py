@@ -128,7 +128,7 @@ def train(spec, variant):
     def watch(run):
         for change in variant.changes:
             change(run)
-        replace_call(run.data_collator, lambda samples, original: clock.count_batch(original(samples)))
+        replace_call(collator_of(run), lambda samples, original: clock.count_batch(original(samples)))
         if backend == "torch":
             run.add_callback(torch_callback(clock))
 
@@ -149,7 +149,8 @@ def train(spec, variant):
 
 def watch_build(script, backend):
     """Return a list: its functions are called with the trainer that the script builds."""
-    watchers, build = [], getattr(script, BUILD[backend])
+    name = BUILD[backend] if hasattr(script, BUILD[backend]) else "build_run"  # Of run_mlm_flax.py until 9067b02.
+    watchers, build = [], getattr(script, name)
 
     def wrapped(*args, **kwargs):
         run = build(*args, **kwargs)
@@ -157,8 +158,13 @@ def watch_build(script, backend):
             watcher(run)
         return run
 
-    setattr(script, BUILD[backend], wrapped)
+    setattr(script, name, wrapped)
     return watchers
+
+
+def collator_of(run):
+    """Return the collator of a trainer, also of one from before run_mlm_flax.py had the Trainer's names."""
+    return run.data_collator if hasattr(run, "data_collator") else run.collator
 
 
 def losses(spec):
@@ -171,12 +177,12 @@ def losses(spec):
         def call(samples, original):
             return tensors(next(batches)) if backend == "torch" else next(batches)
 
-        replace_call(run.data_collator, call)
+        replace_call(collator_of(run), call)
         if backend == "torch":
             record_torch_losses(run, found)
         else:
             log = run.log
-            run.log = lambda logs: (log(logs), found.append(logs["loss"]) if "loss" in logs else None)
+            run.log = lambda logs, *args: (log(logs, *args), found.append(logs["loss"]) if "loss" in logs else None)
 
     watch_build(script, backend).append(watch)
     flags = [*arguments(spec), *SAME_LOSSES[backend], "--do_train", "--max_steps", str(spec["steps"])]
@@ -247,7 +253,7 @@ def first_batch(spec, measure):
     script = load(spec["backend"])
 
     def watch(run):
-        replace_call(run.data_collator, lambda samples, original: measure(lambda: original(samples)))
+        replace_call(collator_of(run), lambda samples, original: measure(lambda: original(samples)))
 
     watch_build(script, spec["backend"]).append(watch)
     script.main([*arguments(spec), "--do_train", "--max_steps", "2"])
