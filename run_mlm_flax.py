@@ -1508,6 +1508,8 @@ class FlaxDataCollatorForLanguageModeling(MaskingCollator):
 def load_tokenizer(model_args):
     """Return the tokenizer; raises `UserError` if it has no mask token."""
     name = model_args.tokenizer_name or model_args.model_name_or_path
+    if not os.path.exists(name) and os.path.isdir(os.path.dirname(name)):
+        logger.warning(f"There is no folder {name}; looking for it on the hub.")
     with user_errors(f"the tokenizer {name}"):
         tokenizer = AutoTokenizer.from_pretrained(
             name, use_fast=model_args.use_fast_tokenizer, **model_args.model_options

@@ -239,3 +239,11 @@ def test_an_upload_needs_a_training(script, tmp_path, capfd):
 def test_an_unknown_strategy_is_one_line(tmp_path, capfd):
     line = error_line(run_mlm, push_flags(tmp_path, hub_token=TOKEN, hub_strategy="never"), capfd)
     assert "never" in line and "every_save" in line
+
+
+def test_a_mistyped_folder_is_named_before_the_hub_is_asked(script, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output" / "model").mkdir(parents=True)
+    with pytest.raises(script.UserError, match="output/modle"):
+        script.load_tokenizer(script.ModelArguments(model_name_or_path="output/modle"))
+    assert "There is no folder output/modle; looking for it on the hub." in caplog.messages
