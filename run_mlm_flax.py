@@ -2699,7 +2699,10 @@ def run_settings(data_args, training_args, max_seq_length, dataset):
     settings = {name: getattr(data_args, name) for name in ("line_by_line", "streaming", "whole_word_mask")}
     for name in ("seed", "group_by_length", "drop_last_step"):
         settings[name] = getattr(training_args, name)
-    order = {"shuffle_buffer_size": data_args.shuffle_buffer_size} if data_args.streaming else {"samples": len(dataset)}
+    order = {"samples": len(dataset)}
+    if data_args.streaming:
+        held_out = dataset.beginning["skip"] if dataset else 0  # For validation, at the start of each pass.
+        order = {"shuffle_buffer_size": data_args.shuffle_buffer_size, "held_out_samples": held_out}
     return {**settings, **order, "order_seed": training_args.order_seed, "max_seq_length": max_seq_length}
 
 

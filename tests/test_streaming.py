@@ -360,3 +360,14 @@ def test_what_does_not_go_with_a_stream_is_refused(script, settings, message):
     needed = {"model_name_or_path": "m", "output_dir": "o", "train_file": "t.txt", "line_by_line": "true"}
     with pytest.raises(script.UserError, match=message):
         script.parse_args(flags(**{**needed, "streaming": True, **settings}))
+
+
+def test_a_resume_that_holds_out_other_samples_is_warned_of(script, small_model, tmp_path, caplog):
+    files = ["--train_file", write_lines(tmp_path / "train.txt", sentences(80))]
+    settings = {"line_by_line": "true", "max_val_samples": 5, "max_steps": 3}
+    script.main(stream_flags(small_model, files, tmp_path / "output", **settings))
+    assert "(now" not in caplog.text
+    settings |= {"do_eval": "false", "max_steps": 4}
+    script.main(stream_flags(small_model, files, tmp_path / "output", **settings))
+    (line,) = [record.getMessage() for record in caplog.records if "(now" in record.getMessage()]
+    assert "held_out_samples 5 (now 0)" in line
