@@ -10,7 +10,8 @@ A case is one draw of flags. Each kind of case compares an uninterrupted run wit
 - split: the same samples per step with another batch size, accumulation, number of devices or processes; a resume with
   another split; a resume with another global batch size, which must neither repeat nor skip a sample of the epoch;
 - backend: the other script;
-- repeat: another folder, a cold cache, other numbers of workers, after another run.
+- repeat: another folder, a cold cache, other numbers of workers, after another run;
+- flags: a resume with other flags for reports, evaluations, checkpoints and workers, which must not change the weights.
 
 What is drawn is in section 1 (add a new flag or mode there), what may differ is in section 3. A case that disagrees
 prints what differs first and the commands, and keeps its folder; the exit status is then 1. The last lines count.
@@ -47,10 +48,12 @@ from forked_runs import (
     checkpoints,
     compare,
     compare_backends,
+    first_difference,
     free_port,
+    read_folder,
 )
 
-KINDS = ("stop", "kill", "split", "backend", "repeat")
+KINDS = ("stop", "kill", "split", "backend", "repeat", "flags")
 
 
 # ---- 1. What is drawn -----------------------------------------------------------------------------------------------
@@ -157,7 +160,13 @@ FIXED = {
     },
     "backend": {**EXACT, "label_smoothing_factor": None},  # Documented to differ.
     "repeat": {},
+    "flags": {"save_only_model": None, "load_best_model_at_end": None},
 }
+# Flags on which no weights depend.
+REPORTS = ("logging_steps", "logging_strategy", "logging_first_step", "do_eval", "eval_strategy", "eval_steps")
+REPORTS += ("eval_delay", "eval_on_start", "eval_batch_size", "eval_accumulation_steps", "metric_for_best_model")
+REPORTS += ("save_strategy", "save_steps", "save_total_limit", "include_num_input_tokens_seen")
+REPORTS += ("dataloader_num_workers", "dataloader_persistent_workers")
 
 
 def draw(rng, script, kind):
@@ -475,12 +484,37 @@ def repeat(case):
         compare(case.folder / "whole", case.folder / f"again-{i}")
 
 
+def change_flags(case):
+    """Resume with other flags for reports: weights and mean loss stay those of the uninterrupted run."""
+    if case.settings.get("lr_scheduler_type") == "reduce_lr_on_plateau":  # The rate depends on the evaluations.
+        case.settings["lr_scheduler_type"] = "linear"
+        case.settings.pop("lr_scheduler_kwargs", None)
+    case.run("whole")
+    if not copy_checkpoint(case):
+        return
+    other = draw(case.rng, case.script, case.kind)
+    case.settings = {name: value for name, value in case.settings.items() if name not in REPORTS}
+    case.settings |= {name: other[name] for name in REPORTS if name in other}
+    case.run("resumed")
+    folders = [case.folder / name for name in ("whole", "resumed")]
+    found = [
+        {
+            "weights": read_folder(folder, ())["weights"],
+            "train_loss": read_json(folder, "train_results.json")["train_loss"],
+        }
+        for folder in folders
+    ]
+    if difference := first_difference(*found, 0.0, "output_dir"):
+        raise Disagreement(difference)
+
+
 CASES = {
     "stop": lambda case: interrupted(case, SIGNALS),
     "kill": lambda case: interrupted(case, (signal.SIGKILL,)),
     "split": split,
     "backend": backend,
     "repeat": repeat,
+    "flags": change_flags,
 }
 
 
