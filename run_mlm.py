@@ -2004,7 +2004,18 @@ class MaskedLMTrainer(Trainer):
         with user_errors(f"the model in {resume_from_checkpoint}"):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _determine_best_metric(self, *args, **kwargs):
+        """Return whether this is the best model yet; one of which no checkpoint is due cannot be the best."""
+        step, due = self.state.global_step, self.args.save_strategy != "steps"
+        due |= step == self.state.max_steps or step % self.state.save_steps == 0
+        if self.args.load_best_model_at_end and not due:
+            return False
+        return super()._determine_best_metric(*args, **kwargs)
+
     def _load_optimizer_and_scheduler(self, checkpoint):
+        for name in ("*optimizer*", "scheduler.pt") if checkpoint and not self.is_deepspeed_enabled else ():
+            if not glob.glob(os.path.join(glob.escape(checkpoint), name)):  # The Trainer would load neither.
+                raise UserError(f"{checkpoint} cannot be resumed: it has no {name}")
         peaks = getattr(self.lr_scheduler, "base_lrs", None)
         with user_errors(f"the optimizer state in {checkpoint}"):
             super()._load_optimizer_and_scheduler(checkpoint)
@@ -2104,7 +2115,8 @@ class RunCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         """Save after a signal in an evaluation; the time of an evaluation does not count as training time."""
-        control.should_save |= bool(self.any_signal())
+        if self.any_signal():
+            control.should_save, args.save_only_model = True, False
         self.trainer.timer = state.global_step, time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -2118,7 +2130,8 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Stop after a signal."""
-        logger.info(f"Saved {os.path.join(args.output_dir, f'checkpoint-{state.global_step}')}.")
+        limits = ", without an optimizer state: it cannot be resumed" if args.save_only_model else ""
+        logger.info(f"Saved {os.path.join(args.output_dir, f'checkpoint-{state.global_step}')}{limits}.")
         self.trainer.timer = state.global_step, time.perf_counter()
         if stop_signal := self.any_signal():
             self.trainer.accelerator.wait_for_everyone()
@@ -2241,6 +2254,9 @@ def check_output_dir(args, own):
     unfinished = {name for name, state in folders.items() if state is None}
     if content - unfinished and not own and not args.overwrite_output_dir:
         raise UserError(f"--output_dir {folder} is not empty; use another folder or --overwrite_output_dir")
+    for name, state in folders.items():
+        if state is False:  # Writing a checkpoint would overwrite what is not the run's own.
+            raise UserError(f"--output_dir {folder}: {name} is not a checkpoint of these scripts; use another folder")
 
 
 def find_old_run(folder, checkpoint, own):

@@ -2461,6 +2461,9 @@ def check_output_dir(args, own):
     unfinished = {name for name, state in folders.items() if state is None}
     if content - unfinished and not own and not args.overwrite_output_dir:
         raise UserError(f"--output_dir {folder} is not empty; use another folder or --overwrite_output_dir")
+    for name, state in folders.items():
+        if state is False:  # Writing a checkpoint would overwrite what is not the run's own.
+            raise UserError(f"--output_dir {folder}: {name} is not a checkpoint of these scripts; use another folder")
 
 
 def find_old_run(folder, checkpoint, own):

@@ -336,7 +336,7 @@ def interrupted(case, signals):
             process.end()
         for process, handles in zip(processes, handled):
             check_status(process, interruption.number, handles)
-        check_saved(processes[0], output)
+        check_saved(processes[0], output, case.read_ahead())
         if handled[0] and (late := len(processes[0].trained()) - trained) > case.read_ahead():
             raise Disagreement(f"the run goes on for {late} samples after the signal")
         if case.settings["save_strategy"] == "no" and (output / "model.safetensors").exists():
@@ -356,10 +356,17 @@ def check_status(process, number, handled):
     raise Disagreement(f"after {name}{' (handled)' if handled else ''}: status {status}: {process.last_line()}")
 
 
-def check_saved(process, output):
+# What a process says that trains when another one, which does not yet, ends with the signal.
+OTHER_ENDED = r"; another process has ended, so no checkpoint is saved|process \d: stopped by a signal"
+
+
+def check_saved(process, output, read_ahead):
     """Check that a process that was stopped says so, and has lost nothing."""
     said = re.search(r"Stopped by \w+(?:; checkpoint-(\d+) is saved|[\w; ]*)\.", process.text())
-    if not said:
+    if re.search(OTHER_ENDED, process.text()):
+        if len(process.trained()) > read_ahead:
+            raise Disagreement("another process ended with the signal, and steps are lost")
+    elif not said:
         if process.status > 0:
             raise Disagreement(f"status {process.status}, but the log does not say so")
     elif said[1] and int(said[1]) not in checkpoints(output):
@@ -407,6 +414,8 @@ def split(case):
     if case.rng.random() < 0.3:
         return resize(case, size)
     size += size % 2
+    if case.script == "run_mlm_flax":
+        case.settings.pop("preprocessing_num_workers", None)  # Refused with several processes.
     alone, together = ([way for way in ways(case.script, size) if (way.devices > 1) == many] for many in (False, True))
     first, other, third = (case.rng.choice(found) for found in (alone, together, alone + together))
     same = {"left_out": TIMES + SPLIT, "tolerance": 1e-4}

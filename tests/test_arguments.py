@@ -10,6 +10,15 @@ from conftest import BOTH, SCRIPTS, flags, make_model, read_json, run_script, se
 import run_mlm
 
 NOTHING_GIVEN = []
+# Values of arguments that do not work here; those that are not in it are switches.
+OTHER_VALUES = {
+    "debug": "underflow_overflow",
+    "include_for_metrics": ["loss"],
+    "label_names": ["labels"],
+    "length_column_name": "size",
+    "liger_kernel_config": {"rope": True},
+    "train_sampling_strategy": "sequential",
+}
 # Documented flags of both scripts: type, default. `output_dir` has none: it is required.
 SHARED = {
     "model_name_or_path": (str, None),
@@ -344,3 +353,11 @@ def test_a_flag_that_transformers_has_dropped_names_the_new_one(script, flag, in
         script.parse_args(flags(model_name_or_path="m", output_dir="o", train_file=__file__, **{flag: 1}))
     message = f"unknown argument --{flag}"
     assert str(caught.value) == (f"{message}; instead: {instead}" if instead else message)
+
+
+@pytest.mark.pytorch
+@pytest.mark.parametrize("name", " ".join(run_mlm.UNUSABLE.values()).split())
+def test_an_argument_of_the_trainer_that_does_not_work_here_is_named(name):
+    value = OTHER_VALUES[name] if name in OTHER_VALUES else not getattr(run_mlm.TrainingArguments, name)
+    with pytest.raises(run_mlm.UserError, match=f"^--{name} does not work here: "):
+        run_mlm.TrainingArguments(output_dir="o", **{name: value})

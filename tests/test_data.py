@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -389,11 +390,17 @@ def test_changed_text_is_tokenized_anew(script, tokenizer, tmp_path):
 
 
 def replace(path, lines):
-    """Write a file anew, with a time of last change that is always the same, as `cp -p` or an image may leave it."""
-    os.utime(write_lines(path, lines), (10**9, 10**9))
+    """Write text anew, with a time of last change that is always the same, as `cp -p` or an image may leave it."""
+    if path.suffix:
+        write_lines(path, lines)
+    else:
+        shutil.rmtree(path)
+        datasets.Dataset.from_dict({"text": lines}).save_to_disk(path)
+    for written in [path] if path.suffix else path.iterdir():
+        os.utime(written, (10**9, 10**9))
 
 
-@pytest.mark.parametrize("name", ["lines.txt", "folder/train.txt"])
+@pytest.mark.parametrize("name", ["lines.txt", "folder/train.txt", "folder"])
 def test_a_file_that_was_replaced_is_read_again(script, tokenizer, tmp_path, count_encoded, name):
     (tmp_path / "folder").mkdir()
     folder = {"dataset_name": tmp_path / "folder", "validation_split_percentage": 1}
@@ -462,6 +469,13 @@ def test_tokenizing_leaves_no_truncation_to_be_saved(script, tokenizer, text_fil
         tokenizer.save_pretrained(tmp_path / "saved")
         saved = read_json(tmp_path / "saved", "tokenizer.json")
         assert (saved["truncation"], saved["padding"]) == (None, None)
+
+
+@pytest.mark.shared
+def test_a_column_of_numbers_comes_with_its_sample(script):
+    rows = {"input_ids": [[1], [2, 3], [4]], "domain": [3, 4, 5]}
+    samples = script.TokenizedDataset(datasets.Dataset.from_dict(rows)).__getitems__([2, 0])
+    assert [(sample["input_ids"].tolist(), sample["domain"]) for sample in samples] == [([4], 5), ([1], 3)]
 
 
 def test_padding_to_the_maximum_length_makes_all_batches_alike(script, small_model, tmp_path, monkeypatch):

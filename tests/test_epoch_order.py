@@ -62,6 +62,32 @@ def test_batch_splits_drop_the_remainder():
     assert list(split(order[:0], 3, drop_last=False)) == []
 
 
+@pytest.mark.flax
+@pytest.mark.parametrize("drop", ["true", "false"])
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_steps_of_a_run_follow_from_jaxs_permutation(script, model_folder, tmp_path, monkeypatch, drop, grouped):
+    """The order of three epochs, worked out sample by sample: shuffle, drop, sort each window by length."""
+    monkeypatch.setattr(script, "LENGTH_WINDOW", 2)
+    texts = [" ".join(["boats"] * (1 + i * 7 % 11)) for i in range(23)]
+    settings = {"model_name_or_path": model_folder, "output_dir": tmp_path / "output", "max_seq_length": 16, "seed": 5}
+    path = write_lines(tmp_path / "train.txt", texts)
+    settings |= {"train_file": path, "validation_file": path, "line_by_line": "true"}
+    settings |= {"train_batch_size": 4, "num_train_epochs": 3, "dataloader_drop_last": drop}
+    run = set_up(script, flags(**settings, **({"group_by_length": True} if grouped else {})))
+    expected = []
+    for epoch in range(3):
+        key = jax.random.fold_in(jax.random.PRNGKey(5), epoch)
+        order = jax.random.permutation(key, 23).tolist()
+        order = order[:20] if drop == "true" else order
+        windows = [order[i : i + 2 * 4] for i in range(0, len(order), 2 * 4)]
+        if grouped:
+            windows = [sorted(window, key=lambda index: -len(texts[index])) for window in windows]
+        order = [index for window in windows for index in window]
+        expected += [[(epoch, index) for index in order[i : i + 4]] for i in range(0, len(order), 4)]
+    steps = [[(key.epoch, key.index) for key in keys if key.labelled] for keys in run.plan.steps()]
+    assert steps == expected
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.integers(1, 2000), st.integers(1, 16))
 def test_grouping_by_length_keeps_the_permutation_and_saves_padding(seed, count, batch_size):

@@ -99,6 +99,23 @@ ARGUMENTS = [
         lambda place: {"dataset_name": data_set(place), "train_file": None},
         ["--dataset_name", "--train_file", "--validation_file"],
     ),
+    Mistake(
+        "a training file beside a data set",
+        lambda place: {"dataset_name": data_set(place), "validation_file": None},
+        ["--dataset_name", "--train_file", "--validation_file"],
+    ),
+    Mistake(
+        "a metric that is not computed",
+        lambda place: {"metric_for_best_model": "f1"},
+        ["--metric_for_best_model f1", "loss, accuracy, perplexity"],
+        TORCH,
+    ),
+    Mistake(
+        "a first evaluation alone",
+        lambda place: {"eval_on_start": True},
+        ["--eval_on_start needs --do_eval"],
+        TORCH,
+    ),
     Mistake("no training data", lambda place: {"train_file": None}, ["--do_train", "--train_file"]),
     Mistake("no output_dir", lambda place: {"output_dir": None}, ["--output_dir", "required"]),
     Mistake("no model", lambda place: {"model_name_or_path": None}, ["--model_name_or_path", "--model_type"]),
@@ -417,10 +434,14 @@ DATA = [
         },
         ["the train data holds no sample"],
     ),
-    Mistake(
-        "nothing to predict",
-        lambda place: {"do_eval": True, "eval_mlm_probability": 1e-9},
-        ["no token of the validation data is masked", "--eval_mlm_probability"],
+    *(  # In each script, by default too: the call is each one's own.
+        Mistake(
+            "nothing to predict",
+            lambda place: {"do_eval": True, "eval_mlm_probability": 1e-9},
+            ["no token of the validation data is masked", "--eval_mlm_probability"],
+            scripts,
+        )
+        for scripts in (TORCH, FLAX)
     ),
     Mistake(
         "data set without a known split",

@@ -345,6 +345,16 @@ def test_processes_meet_before_jax_connects_them(monkeypatch):
     assert alone.startswith("process 0 did not answer in 1 seconds (") and "refused" in alone
 
 
+def test_a_run_meets_the_others_before_jax_connects_it(material, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run_mlm_flax, "MEETING_SECONDS", 1)
+    monkeypatch.setattr(run_mlm_flax.jax.distributed, "initialize", lambda *args, **kwargs: pytest.fail("not met"))
+    place = {"coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 2, "process_id": 1}
+    with pytest.raises(SystemExit, match="2"):
+        run_mlm_flax.main(command(material, tmp_path / "output", 4, **place))
+    *_, line = capsys.readouterr().err.splitlines()
+    assert f"--coordinator_address {place['coordinator_address']}: process 0 did not answer in 1 seconds" in line
+
+
 def test_a_visitor_is_not_a_process(monkeypatch):
     monkeypatch.setattr(run_mlm_flax, "MEETING_SECONDS", 20)
     port, visited = free_port(), threading.Event()

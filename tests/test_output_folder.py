@@ -7,9 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import error_line, finished_run, history, make_model, read_json, training_flags, weights
+from conftest import error_line, finished_run, history, make_model, optional_module, read_json, training_flags, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+run_mlm = optional_module("run_mlm")
 RESULTS = ("train_results.json", "eval_results.json", "all_results.json", "trainer_state.json", "README.md")
 SHORT = {"max_steps": 3, "save_steps": 1, "eval_strategy": "no"}
 OVERWRITE = {"overwrite_output_dir": True}
@@ -114,6 +115,15 @@ def test_what_stands_in_the_place_of_a_checkpoint(script, model_folder, text_fil
     assert snapshot(tmp_path) == before
 
 
+@pytest.mark.parametrize("changes", [{}, OVERWRITE], ids=["resume", "overwrite"])
+def test_a_numbered_folder_that_is_no_checkpoint(script, model_folder, text_files, output, capfd, changes):
+    write_state(output / "checkpoint-7", '{"step": 3}')
+    before = snapshot(output)
+    line = error_line(script, training_flags(model_folder, text_files, output, **changes), capfd)
+    assert f"--output_dir {output}: checkpoint-7 is not a checkpoint of these scripts" in line
+    assert snapshot(output) == before
+
+
 STATES = ["{}", "[]", "null", "NaN", '"words"', "7", "", '{"global_step": 3', '{"global_step": 3}']
 STATES += [f'{{"global_step": {step}, "log_history": []}}' for step in ("-1", "true", "3.5", "null", '"3"')]
 STATES += [f'{{"global_step": 3, "log_history": {entries}}}' for entries in ("{}", "null", '["words"]', "[3]")]
@@ -156,6 +166,21 @@ def test_a_checkpoint_without_optimizer_is_neither_resumed_nor_deleted(
     assert caplog.text.count(f"{output / 'checkpoint-3'} is ignored") == 1
     assert steps(output) == [3, 12]
     assert weights(output) == weights(finished_run(script))
+
+
+@pytest.mark.pytorch
+@pytest.mark.parametrize("name", ["scheduler.pt", "optimizer.pt"])
+def test_a_checkpoint_with_a_part_of_the_optimizer_is_an_error(
+    model_folder, text_files, tmp_path, monkeypatch, capfd, name
+):
+    """The Trainer would begin with a new optimizer."""
+    output = Path(shutil.copytree(finished_run(run_mlm), tmp_path / "output"))
+    (output / "checkpoint-12" / name).unlink()
+    (output / "checkpoint-12" / "global_step12").mkdir()  # As DeepSpeed writes it.
+    before = snapshot(output)
+    line = error_line(run_mlm, training_flags(model_folder, text_files, output, max_steps=13), capfd)
+    assert f"{output / 'checkpoint-12'} cannot be resumed: it has no" in line and name[:9] in line
+    assert snapshot(output) == before
 
 
 def test_an_overwriting_run_may_read_from_folders_that_are_not_its_own(script, text_files, tmp_path, output):

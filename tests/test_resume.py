@@ -269,6 +269,45 @@ def test_a_signal_saves_before_the_evaluation_that_is_due(
     assert [entry["step"] for entry in entries if "eval_loss" in entry] == list(range(1, step))
 
 
+@pytest.mark.pytorch
+def test_a_stop_saves_the_optimizer_of_a_run_that_saves_only_models(
+    model_folder, text_files, tmp_path, monkeypatch, caplog
+):
+    predict, settings = run_mlm.MaskedLMTrainer.prediction_step, {"save_only_model": True, "save_steps": 2}
+
+    def send_signal(trainer, *args, **kwargs):  # In the evaluation at the end of the first epoch.
+        if not trainer.callback_handler.callbacks[-1].signals.number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return predict(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="143"):
+        patch.setattr(run_mlm.MaskedLMTrainer, "prediction_step", send_signal)
+        run_mlm.main(training_flags(model_folder, text_files, tmp_path / "output", **settings))
+    lines = [record.getMessage() for record in caplog.records if "Saved" in record.getMessage()]
+    assert [line.endswith(", without an optimizer state: it cannot be resumed.") for line in lines] == [True] * 3 + [
+        False
+    ]
+    run_mlm.main(training_flags(model_folder, text_files, tmp_path / "output", **settings))
+    assert f"Resuming from {tmp_path / 'output' / 'checkpoint-8'}" in caplog.text
+    assert weights(tmp_path / "output") == weights(finished_run(run_mlm))
+
+
+@pytest.mark.shared
+def test_a_further_sigterm_changes_nothing_and_a_late_ctrl_c_ends_the_program(script, capfd):
+    with script.StopSignals() as signals, signals.defer():
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+            assert signals.number == signal.SIGTERM
+    with mock.patch("os.kill") as kill, script.StopSignals() as signals, signals.defer():
+        for _ in range(2):  # A key that was hit twice.
+            signal.raise_signal(signal.SIGINT)
+        kill.assert_not_called()
+        signals.time -= 3
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        kill.assert_called_once_with(os.getpid(), signal.SIGINT)
+
+
 def test_output_dir_rules(script, model_folder, text_files, tmp_path, capsys, caplog):
     output = tmp_path / "output"
     output.mkdir()

@@ -21,6 +21,7 @@ from conftest import (
     write_lines,
 )
 
+torch = optional_module("torch")
 run_mlm = optional_module("run_mlm")
 run_mlm_flax = optional_module("run_mlm_flax")
 
@@ -77,11 +78,19 @@ def test_a_stop_delays_the_evaluation_that_is_due(script, model_folder, text_fil
     assert history(tmp_path / "output") == history(tmp_path / "whole")
 
 
+FALLING = {"learning_rate": 0.02}
+RISING = {"learning_rate": 5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 15}
+
+
 @pytest.mark.pytorch
-@pytest.mark.parametrize("step", [10, 15])
-def test_a_stop_changes_no_best_model(model_folder, text_files, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize(
+    ("step", "best", "changes"),
+    # In the last case, the best model is one of which no checkpoint is due, so that it cannot be loaded at the end.
+    [(5, 5, RISING), (15, 15, FALLING), (5, 10, {**RISING, "save_steps": 10, "save_total_limit": 2})],
+)
+def test_a_stop_changes_no_best_model(model_folder, text_files, tmp_path, monkeypatch, step, best, changes):
     settings = {"eval_strategy": "steps", "eval_steps": 5, "save_strategy": "steps", "save_steps": 5, "max_steps": 15}
-    settings |= {"load_best_model_at_end": True, "learning_rate": 0.02, "save_total_limit": 1}
+    settings |= {"load_best_model_at_end": True, "save_total_limit": 1, **changes}
     run_mlm.main(training_flags(model_folder, text_files, tmp_path / "whole", **settings))
     training_step, sent = run_mlm.MaskedLMTrainer.training_step, []
 
@@ -94,7 +103,9 @@ def test_a_stop_changes_no_best_model(model_folder, text_files, tmp_path, monkey
     stop_and_resume(run_mlm, training_flags(model_folder, text_files, tmp_path / "output", **settings))
     states = [read_json(tmp_path / name, "trainer_state.json") for name in ("whole", "output")]
     losses = evaluations(tmp_path / "whole")
-    assert states[0]["best_global_step"] == states[1]["best_global_step"] == min(losses, key=losses.get)
+    saved = [number for number in losses if number % settings["save_steps"] == 0 or number == 15]
+    assert best == min(saved, key=losses.get) and step == min(losses, key=losses.get)
+    assert states[0]["best_global_step"] == states[1]["best_global_step"] == best
     assert weights(tmp_path / "output") == weights(tmp_path / "whole")
 
 
@@ -200,14 +211,26 @@ def test_what_is_dropped_is_drawn_before_grouping_by_length(script, model_folder
     assert 5 < sum(20 in epoch for epoch in epochs) <= 10  # 20 / 21 of the epochs train the short text.
 
 
-def test_changed_settings_of_a_resume_are_named(script, model_folder, text_files, tmp_path, caplog):
+CHANGES = [
+    ({"seed": 7, "max_train_samples": 50}, ["seed 42 (now 7)", "samples 60 (now 50)"]),
+    (
+        {"max_seq_length": 24, "whole_word_mask": True},
+        ["max_seq_length 16 (now 24)", "whole_word_mask False (now True)"],
+    ),
+    ({"line_by_line": "true"}, ["line_by_line False (now True)"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "named_changes"), CHANGES)
+def test_changed_settings_of_a_resume_are_named(
+    script, model_folder, text_files, tmp_path, caplog, changes, named_changes
+):
     named = {"resume_from_checkpoint": finished_run(script) / "checkpoint-9", "max_steps": 10}
     script.main(training_flags(model_folder, text_files, tmp_path / "same", **named))
     assert "(now" not in caplog.text
-    changes = {"seed": 7, "max_train_samples": 50}
     script.main(training_flags(model_folder, text_files, tmp_path / "other", **{**named, **changes}))
     (line,) = [record.getMessage() for record in caplog.records if "(now" in record.getMessage()]
-    assert "checkpoint-9 has" in line and "seed 42 (now 7)" in line and "samples 60 (now 50)" in line
+    assert "checkpoint-9 has" in line and all(change in line for change in named_changes)
 
 
 @pytest.mark.pytorch
@@ -241,6 +264,27 @@ def test_a_resumed_stream_needs_nothing_of_the_trainers_skipping(model_folder, t
     run_mlm.main(training_flags(model_folder, text_files, tmp_path / "output", **settings, **named))
     assert history(tmp_path / "output") == history(tmp_path / "whole")
     assert weights(tmp_path / "output") == weights(tmp_path / "whole")
+
+
+@pytest.mark.pytorch
+@pytest.mark.parametrize("more", [{}, {"streaming": True, "shuffle_buffer_size": 20}])
+def test_a_batch_size_that_is_found_trains_as_if_it_were_given(model_folder, text_files, tmp_path, monkeypatch, more):
+    training_step, settings = run_mlm.MaskedLMTrainer.training_step, {"eval_strategy": "no", **more}
+
+    def run_out_of_memory(trainer, *args, **kwargs):
+        if trainer.args.train_batch_size == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return training_step(trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_mlm.MaskedLMTrainer, "training_step", run_out_of_memory)
+        found = training_flags(model_folder, text_files, tmp_path / "found", **settings, auto_find_batch_size=True)
+        run_mlm.main(found)
+    size = read_json(tmp_path / "found", "trainer_state.json")["train_batch_size"]
+    assert size < 4
+    run_mlm.main(training_flags(model_folder, text_files, tmp_path / "given", **settings, train_batch_size=size))
+    assert history(tmp_path / "found") == history(tmp_path / "given")
+    assert weights(tmp_path / "found") == weights(tmp_path / "given")
 
 
 @pytest.mark.flax

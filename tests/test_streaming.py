@@ -213,6 +213,20 @@ def test_a_stream_remembers_only_the_blocks_that_a_checkpoint_can_need(script, t
         assert len(stream.blocks) <= 2
 
 
+def test_a_run_remembers_only_the_blocks_that_it_needs(script, small_model, files, tmp_path, monkeypatch):
+    streams, init = [], script.StreamedDataset.__init__
+
+    def note(stream, *args, **kwargs):
+        streams.append(stream)
+        init(stream, *args, **kwargs)
+
+    monkeypatch.setattr(script.StreamedDataset, "__init__", note)
+    changes = {"save_strategy": "no", "do_eval": "false", "line_by_line": "true", "shuffle_buffer_size": 2}
+    script.main(stream_flags(small_model, files, tmp_path / "output", **changes))
+    # 96 samples in 48 blocks, of which some steps are read ahead.
+    assert streams[0].blocks[0]["first"] >= 94 and len(streams[0].blocks) < 20
+
+
 @pytest.mark.shared
 def test_a_resume_tokenizes_only_from_its_block_on(script, tokenizer, files, tmp_path, monkeypatch):
     texts = []
@@ -259,6 +273,27 @@ def test_resumed_run_equals_the_uninterrupted_one(script, small_model, files, tm
     script.main(stream_flags(small_model, files, resumed, **changes))
     assert history(resumed) == history(whole)
     assert weights(resumed) == weights(whole)
+
+
+def test_another_batch_size_goes_on_behind_the_last_sample(script, small_model, files, tmp_path, monkeypatch):
+    """Also where the order of a block depends on the batch size that began it."""
+    mask, trained = script.MaskingCollator.mask, []
+
+    def note(collator, sample):
+        if sample.get("labelled", True) and "input_ids" in sample and sample.get("index") is not None:
+            trained.append((sample["epoch"], sample["index"]))
+        return mask(collator, sample)
+
+    settings = {"line_by_line": "true", "group_by_length": True, "do_eval": "false", "gradient_accumulation_steps": 1}
+    script.main(stream_flags(small_model, files, tmp_path / "whole", **settings, train_batch_size=8, save_steps=4))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "resumed" / "checkpoint-4")
+    monkeypatch.setattr(script.MaskingCollator, "mask", note)
+    script.main(stream_flags(small_model, files, tmp_path / "whole-again", **settings, train_batch_size=8))
+    order = [place for place in trained if place[0] < 2**62]
+    trained.clear()
+    script.main(stream_flags(small_model, files, tmp_path / "resumed", **settings, train_batch_size=3))
+    after = [place for place in trained if place[0] < 2**62]
+    assert after == order[4 * 8 :][: 8 * 3] and len(after) == 8 * 3
 
 
 def test_a_stopped_run_is_resumed(script, small_model, files, tmp_path, monkeypatch):

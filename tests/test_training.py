@@ -243,6 +243,26 @@ def test_torch_compile_of_lines_of_any_length(train, compilations, tmp_path):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
+@pytest.mark.pytorch
+def test_the_dropout_of_a_micro_batch_is_its_own(tmp_path, monkeypatch):
+    """It is a function of seed, step, micro-batch and process alone."""
+    settings = {"model_name_or_path": make_model(tmp_path / "model", num_hidden_layers=1), "max_seq_length": 16}
+    settings |= {"train_file": write_lines(tmp_path / "train.txt", sentences(60)), "output_dir": tmp_path / "output"}
+    trainer = set_up(run_mlm, flags(**settings, max_steps=1, dropout_rate=0.1))
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.model.train()
+
+    def loss(seed=42, step=0, micro_batch=0, process=0):
+        monkeypatch.setattr(type(trainer.args), "process_index", process)
+        trainer.args.seed, trainer.state.global_step, trainer.micro_batch = seed, step, micro_batch
+        return trainer.training_step(trainer.model, dict(batch), (batch["labels"] >= 0).sum()).item()
+
+    places = [{}, {"seed": 7}, {"step": 1}, {"micro_batch": 1}, {"process": 1}]
+    losses = [loss(**place) for place in places]
+    assert len(set(losses)) == len(places)
+    assert [loss(**place) for place in reversed(places)] == losses[::-1]
+
+
 @pytest.mark.parametrize("dropout_rate", [0.0, 0.1])
 def test_a_pytorch_training_step_drops_and_an_evaluation_does_not(tmp_path, dropout_rate):
     settings = {"model_name_or_path": make_model(tmp_path / "model", num_hidden_layers=1), "max_seq_length": 16}
