@@ -2650,17 +2650,21 @@ def log_training(args, num_parameters, step, num_steps, learning_rate):
 
 
 def log_predictions(dataset, collator, predict):
-    """Log the predictions for the masked tokens of a few samples; `predict` maps a batch to logits [B, L, V]."""
-    samples = [dataset[i] for i in range(min(3, len(dataset)))]
+    """Log the predictions for the mask tokens of a few samples; `predict` maps a batch to logits [B, L, V]."""
+    samples = [dataset[i] for i in range(min(30, len(dataset)))]
     samples = [{name: value if np.isscalar(value) else value[:32] for name, value in row.items()} for row in samples]
     batch, decode = collator.collate(samples), collator.tokenizer.decode
-    logits = predict({name: batch[name] for name in ("input_ids", "attention_mask")})
-    for ids, attended, labels, scores in zip(*batch.values(), np.asarray(logits, np.float32)):
-        masked = np.flatnonzero((labels != IGNORED_LABEL) & (ids == collator.mask_token_id))
-        logger.info(f"  {decode(ids[attended == 1])}")
+    hidden = (batch["labels"] != IGNORED_LABEL) & (batch["input_ids"] == collator.mask_token_id)
+    shown = np.flatnonzero(hidden.any(axis=1))[:3]
+    if not shown.size:
+        return
+    batch = {name: array[shown] for name, array in batch.items()}
+    logits = np.asarray(predict({name: batch[name] for name in ("input_ids", "attention_mask")}), np.float32)
+    for ids, attended, labels, masked, scores in zip(*batch.values(), hidden[shown], logits):
         guesses = zip(scores[masked].argmax(-1), labels[masked])
         pairs = [f"{decode(guess)} ({decode(label)})" for guess, label in guesses]
-        logger.info(f"    predicted (in the text): {', '.join(pairs) or 'nothing is masked here'}")
+        logger.info(f"  {decode(ids[attended == 1])}")
+        logger.info(f"    predicted (in the text): {', '.join(pairs)}")
 
 
 @dataclass
