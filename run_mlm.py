@@ -47,6 +47,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple, Optional
@@ -110,7 +111,8 @@ INTERVALS = {
     "[-1, 2147483647]": "max_steps local_rank",
     "[0, 4294967295]": "seed data_seed",
     "[1, 99]": "validation_split_percentage",
-    "(0, inf)": "num_train_epochs adam_epsilon logging_steps eval_steps save_steps",
+    "(0, 1000000]": "num_train_epochs",
+    "(0, inf)": "adam_epsilon logging_steps eval_steps save_steps",
     "[0, inf)": "learning_rate weight_decay max_grad_norm eval_delay",
     "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor dropout_rate",
     "(0, 1]": "mlm_probability final_mlm_probability eval_mlm_probability",
@@ -475,6 +477,7 @@ def check_args(model, data, training):
     new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES) + OTHER_MODELS
     replaced = data.mask_replace_prob + data.random_replace_prob
     final_share = data.final_mlm_probability or data.mlm_probability
+    resumes = (training.resume_from_checkpoint or "").lower() == "true"
     requirements = [
         (training.output_dir, "--output_dir is required; see --help"),
         (model.model_name_or_path or new_model, "no model: give --model_name_or_path, --config_name or --model_type"),
@@ -494,6 +497,10 @@ def check_args(model, data, training):
         (training.max_steps > 0 or not (data.streaming and training.do_train), "--streaming needs --max_steps"),
         (training.max_steps > 0 or training.max_steps == -1, f"--max_steps {training.max_steps} is not above 0 or -1"),
         (training.do_train or not training.push_to_hub, "--push_to_hub needs --do_train"),
+        (
+            not (resumes and training.overwrite_output_dir),
+            "use either --resume_from_checkpoint true or --overwrite_output_dir, which some configurations set",
+        ),
     ]
     for holds, message in requirements:
         if not holds:
@@ -1225,7 +1232,7 @@ class StreamedDataset:
         block = self.first_block
         self.blocks = []
         while True:
-            left = (self.data_args.max_train_samples or sys.maxsize) - block["row"]
+            left = max(0, (self.data_args.max_train_samples or sys.maxsize) - block["row"])
             rows = itertools.islice(read_rows(self.raw, self.encode, block["raw"], block["skip"]), left)
             while read := list(itertools.islice(rows, self.data_args.shuffle_buffer_size)):
                 block = {"batch": self.args.global_batch_size, **block, **read[0][0]}  # Or as saved.
@@ -1695,7 +1702,7 @@ def load_model(model_args, config, tokenizer, training_args, new_tokens=None):
     with user_errors(f"the model {name or config.model_type}{overrides}"), torch.no_grad():
         if not name:
             model = AutoModelForMaskedLM.from_config(config, **options)
-        elif ".ckpt" in name:
+        elif ".ckpt" in os.path.basename(name) and not os.path.isdir(name):
             model = load_tensorflow_model(name.removesuffix(".index"), config)
         else:
             options |= {"output_loading_info": True, **model_args.model_options}
@@ -2017,8 +2024,13 @@ class MaskedLMTrainer(Trainer):
             if not glob.glob(os.path.join(glob.escape(checkpoint), name)):  # The Trainer would load neither.
                 raise UserError(f"{checkpoint} cannot be resumed: it has no {name}")
         peaks = getattr(self.lr_scheduler, "base_lrs", None)
+        settings = set(self.optimizer.param_groups[0])
         with user_errors(f"the optimizer state in {checkpoint}"):
             super()._load_optimizer_and_scheduler(checkpoint)
+        if not settings <= set(self.optimizer.param_groups[0]):
+            raise UserError(
+                f"the optimizer state in {checkpoint} is of another optimizer than --optim {self.args.optim}"
+            )
         if checkpoint and isinstance(self.lr_scheduler, torch.optim.lr_scheduler.LambdaLR):  # The flags set the rate.
             self.lr_scheduler.base_lrs, self.lr_scheduler.last_epoch = peaks, self.lr_scheduler.last_epoch - 1
             self.lr_scheduler.step()
@@ -2030,6 +2042,11 @@ class MaskedLMTrainer(Trainer):
 
     def _load_rng_state(self, checkpoint):
         pass  # No random number depends on what was drawn before.
+
+    def save_metrics(self, split, metrics, combined=True):
+        """Write the results of a split; a kill leaves no incomplete file."""
+        if self.is_world_process_zero():
+            save_results(self.args.output_dir, split, metrics)
 
     def create_model_card(self, *args, **kwargs):
         """Leave the card to `write_card`."""
@@ -2094,6 +2111,9 @@ class RunCallback(TrainerCallback):
         due = TrainerControl()
         if self.checkpoint:
             self.decide(args, state, due)
+        if self.checkpoint and state.best_global_step:  # The state has the path that the folder once had.
+            best = os.path.join(os.path.dirname(self.checkpoint), f"checkpoint-{state.best_global_step}")
+            state.best_model_checkpoint = best if os.path.isdir(best) else state.best_model_checkpoint
         evaluated = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
         if due.should_evaluate and state.global_step not in evaluated:
             metrics = self.trainer._evaluate(None, None)
@@ -2261,7 +2281,7 @@ def check_output_dir(args, own):
 
 def find_old_run(folder, checkpoint, own):
     """Return what a run replaces in a folder: results and, unless it continues there, charts and checkpoints."""
-    paths = [os.path.join(folder, name) for name in (*RESULTS, "arguments.json")]
+    paths = [os.path.join(folder, name) for name in (*RESULTS, "training_args.bin")]
     found = [path for path in paths if os.path.isfile(path)]
     if own:
         return found
@@ -2308,6 +2328,14 @@ def follow_umask(folder):
         shutil.copymode(os.path.join(folder, "config.json"), path)
 
 
+def save_results(folder, split, metrics):
+    """Write the results of a split, and add them to `all_results.json`."""
+    write_json(os.path.join(folder, f"{split}_results.json"), metrics)
+    path = os.path.join(folder, "all_results.json")
+    everything = read_json_object(path) if os.path.exists(path) else {}
+    write_json(path, everything | metrics)
+
+
 def training_results(args, metrics):
     """Return the results of the training: the saved ones if an earlier command has finished it, or else `metrics`."""
     path = os.path.join(args.output_dir, "train_results.json")
@@ -2331,8 +2359,11 @@ def rotate_checkpoints(args, limit, step):
 
 
 def delete(path):
-    """Delete a file, or a checkpoint: its state first, so that a kill in between leaves an unfinished one."""
-    with user_errors(f"{path} cannot be deleted"), contextlib.suppress(FileNotFoundError):
+    """Delete a file, or a checkpoint: its state first, so that a kill in between leaves an unfinished one.
+
+    What cannot be deleted stays, with a warning: that is no reason to lose steps.
+    """
+    try:
         if not os.path.isdir(path):
             os.remove(path)
             return
@@ -2340,6 +2371,10 @@ def delete(path):
             os.remove(os.path.join(path, "trainer_state.json"))
         shutil.rmtree(path)
         logger.info(f"Deleted {path}.")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning(f"{path} cannot be deleted: {error.strerror}")
 
 
 @contextlib.contextmanager
@@ -2349,7 +2384,8 @@ def output_lock(training_args):
         yield
         return
     folder = training_args.output_dir
-    with user_errors(f"--output_dir {folder} (is another run writing there?)"):
+    in_use = user_errors(f"--output_dir {folder} (is another run writing there?)", filelock.Timeout)
+    with user_errors(f"--output_dir {folder}"), in_use:
         os.makedirs(folder, exist_ok=True)
         lock = filelock.FileLock(os.path.join(folder, "_lock")).acquire(blocking=False)
     with lock:
@@ -2499,10 +2535,14 @@ def run_settings(data_args, training_args, max_seq_length, dataset):
     settings = {name: getattr(data_args, name) for name in ("line_by_line", "streaming", "whole_word_mask")}
     for name in ("seed", "group_by_length", "drop_last_step"):
         settings[name] = getattr(training_args, name)
-    order = {"samples": len(dataset)}
     if data_args.streaming:
         held_out = dataset.beginning["skip"] if dataset else 0  # For validation, at the start of each pass.
         order = {"shuffle_buffer_size": data_args.shuffle_buffer_size, "held_out_samples": held_out}
+        order["max_train_samples"] = data_args.max_train_samples
+    else:
+        some = dataset.__getitems__(np.linspace(0, len(dataset) - 1, 100).astype(int)) if dataset else []
+        content = b"".join(sample["input_ids"].astype("<i4").tobytes() for sample in some)
+        order = {"samples": len(dataset), "text": f"{zlib.crc32(content):08x}"}
     return {**settings, **order, "order_seed": training_args.order_seed, "max_seq_length": max_seq_length}
 
 

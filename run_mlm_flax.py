@@ -46,6 +46,7 @@ import tempfile
 import threading
 import time
 import traceback
+import zlib
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Optional
@@ -169,7 +170,8 @@ INTERVALS = {
     "[-1, 2147483647]": "max_steps local_rank",
     "[0, 4294967295]": "seed data_seed",
     "[1, 99]": "validation_split_percentage",
-    "(0, inf)": "num_train_epochs adam_epsilon logging_steps eval_steps save_steps",
+    "(0, 1000000]": "num_train_epochs",
+    "(0, inf)": "adam_epsilon logging_steps eval_steps save_steps",
     "[0, inf)": "learning_rate weight_decay max_grad_norm eval_delay",
     "[0, 1)": "adam_beta1 adam_beta2 label_smoothing_factor dropout_rate",
     "(0, 1]": "mlm_probability final_mlm_probability eval_mlm_probability",
@@ -496,6 +498,7 @@ def check_args(model, data, training):
     new_model, known_types = model.config_name or model.model_type, ", ".join(MODEL_TYPES) + OTHER_MODELS
     replaced = data.mask_replace_prob + data.random_replace_prob
     final_share = data.final_mlm_probability or data.mlm_probability
+    resumes = (training.resume_from_checkpoint or "").lower() == "true"
     requirements = [
         (training.output_dir, "--output_dir is required; see --help"),
         (model.model_name_or_path or new_model, "no model: give --model_name_or_path, --config_name or --model_type"),
@@ -515,6 +518,10 @@ def check_args(model, data, training):
         (training.max_steps > 0 or not (data.streaming and training.do_train), "--streaming needs --max_steps"),
         (training.max_steps > 0 or training.max_steps == -1, f"--max_steps {training.max_steps} is not above 0 or -1"),
         (training.do_train or not training.push_to_hub, "--push_to_hub needs --do_train"),
+        (
+            not (resumes and training.overwrite_output_dir),
+            "use either --resume_from_checkpoint true or --overwrite_output_dir, which some configurations set",
+        ),
     ]
     for holds, message in requirements:
         if not holds:
@@ -1246,7 +1253,7 @@ class StreamedDataset:
         block = self.first_block
         self.blocks = []
         while True:
-            left = (self.data_args.max_train_samples or sys.maxsize) - block["row"]
+            left = max(0, (self.data_args.max_train_samples or sys.maxsize) - block["row"])
             rows = itertools.islice(read_rows(self.raw, self.encode, block["raw"], block["skip"]), left)
             while read := list(itertools.islice(rows, self.data_args.shuffle_buffer_size)):
                 block = {"batch": self.args.global_batch_size, **block, **read[0][0]}  # Or as saved.
@@ -2054,7 +2061,7 @@ def create_parameters(model, weights, seed):
 
 def read_weights(name, options):
     """Return {PyTorch name: array} of a model folder or hub name; raises `InputError` if it has no known file."""
-    if ".ckpt" in name:
+    if ".ckpt" in os.path.basename(name) and not os.path.isdir(name):
         return read_tensorflow_weights(name.removesuffix(".index"))
     for file in WEIGHT_FILES:
         path = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
@@ -2468,7 +2475,7 @@ def check_output_dir(args, own):
 
 def find_old_run(folder, checkpoint, own):
     """Return what a run replaces in a folder: results and, unless it continues there, charts and checkpoints."""
-    paths = [os.path.join(folder, name) for name in (*RESULTS, "arguments.json")]
+    paths = [os.path.join(folder, name) for name in (*RESULTS, "training_args.bin")]
     found = [path for path in paths if os.path.isfile(path)]
     if own:
         return found
@@ -2515,6 +2522,14 @@ def follow_umask(folder):
         shutil.copymode(os.path.join(folder, "config.json"), path)
 
 
+def save_results(folder, split, metrics):
+    """Write the results of a split, and add them to `all_results.json`."""
+    write_json(os.path.join(folder, f"{split}_results.json"), metrics)
+    path = os.path.join(folder, "all_results.json")
+    everything = read_json_object(path) if os.path.exists(path) else {}
+    write_json(path, everything | metrics)
+
+
 def training_results(args, metrics):
     """Return the results of the training: the saved ones if an earlier command has finished it, or else `metrics`."""
     path = os.path.join(args.output_dir, "train_results.json")
@@ -2538,8 +2553,11 @@ def rotate_checkpoints(args, limit, step):
 
 
 def delete(path):
-    """Delete a file, or a checkpoint: its state first, so that a kill in between leaves an unfinished one."""
-    with user_errors(f"{path} cannot be deleted"), contextlib.suppress(FileNotFoundError):
+    """Delete a file, or a checkpoint: its state first, so that a kill in between leaves an unfinished one.
+
+    What cannot be deleted stays, with a warning: that is no reason to lose steps.
+    """
+    try:
         if not os.path.isdir(path):
             os.remove(path)
             return
@@ -2547,6 +2565,10 @@ def delete(path):
             os.remove(os.path.join(path, "trainer_state.json"))
         shutil.rmtree(path)
         logger.info(f"Deleted {path}.")
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        logger.warning(f"{path} cannot be deleted: {error.strerror}")
 
 
 @contextlib.contextmanager
@@ -2556,7 +2578,8 @@ def output_lock(training_args):
         yield
         return
     folder = training_args.output_dir
-    with user_errors(f"--output_dir {folder} (is another run writing there?)"):
+    in_use = user_errors(f"--output_dir {folder} (is another run writing there?)", filelock.Timeout)
+    with user_errors(f"--output_dir {folder}"), in_use:
         os.makedirs(folder, exist_ok=True)
         lock = filelock.FileLock(os.path.join(folder, "_lock")).acquire(blocking=False)
     with lock:
@@ -2706,10 +2729,14 @@ def run_settings(data_args, training_args, max_seq_length, dataset):
     settings = {name: getattr(data_args, name) for name in ("line_by_line", "streaming", "whole_word_mask")}
     for name in ("seed", "group_by_length", "drop_last_step"):
         settings[name] = getattr(training_args, name)
-    order = {"samples": len(dataset)}
     if data_args.streaming:
         held_out = dataset.beginning["skip"] if dataset else 0  # For validation, at the start of each pass.
         order = {"shuffle_buffer_size": data_args.shuffle_buffer_size, "held_out_samples": held_out}
+        order["max_train_samples"] = data_args.max_train_samples
+    else:
+        some = dataset.__getitems__(np.linspace(0, len(dataset) - 1, 100).astype(int)) if dataset else []
+        content = b"".join(sample["input_ids"].astype("<i4").tobytes() for sample in some)
+        order = {"samples": len(dataset), "text": f"{zlib.crc32(content):08x}"}
     return {**settings, **order, "order_seed": training_args.order_seed, "max_seq_length": max_seq_length}
 
 
@@ -3039,7 +3066,9 @@ class MaskedLMTrainer:
             self.log_history = read_state(checkpoint)["log_history"]
         logger.info(f"Resuming from {checkpoint}." if checkpoint else f"Starting a new run in {self.args.output_dir}.")
         self.schedule = create_schedule(self.args, num_steps)
-        peak = float(jax.vmap(self.schedule)(np.arange(num_steps)).max())
+        warmup = self.args.warmup_steps if self.args.warmup_steps >= 1 else self.args.warmup_steps * num_steps
+        places = [*np.linspace(0, num_steps - 1, 10_000), *(warmup + place for place in (-1, 0, 1))]
+        peak = float(jax.vmap(self.schedule)(np.clip(places, 0, num_steps - 1).astype(int)).max())
         num_parameters = sum(value.size for value in jax.tree.leaves(self.params))
         log_training(self.args, num_parameters, self.step, num_steps, peak)
 
@@ -3183,10 +3212,7 @@ class MaskedLMTrainer:
         logger.info(f"***** {split} metrics *****")
         for name, value in sorted(metrics.items()):
             logger.info(f"  {name:<26} {value:.6g}")
-        write_json(os.path.join(folder, f"{split}_results.json"), metrics)
-        path = os.path.join(folder, "all_results.json")
-        everything = read_json_object(path) if os.path.exists(path) else {}
-        write_json(path, everything | metrics)
+        save_results(folder, split, metrics)
         if self.args.do_train:
             self.save_state(folder)
 

@@ -335,7 +335,8 @@ def interrupted(case, signals):
             process.wait(TIMEOUT)
             process.end()
         for process, handles in zip(processes, handled):
-            check_status(process, interruption.number, handles)
+            said = "Stopped by" if process is processes[0] else "stopping after this step"  # Only the first one logs.
+            check_status(process, interruption.number, handles, said)
         check_saved(processes[0], output, case.read_ahead())
         if handled[0] and (late := len(processes[0].trained()) - trained) > case.read_ahead():
             raise Disagreement(f"the run goes on for {late} samples after the signal")
@@ -346,12 +347,12 @@ def interrupted(case, signals):
     compare(case.folder / "whole", output, checkpoints_of="more" if case.kind == "stop" else "same", limit=limit)
 
 
-def check_status(process, number, handled):
-    """Check the status of a process that got a signal; `handled`: not by Python, and in time."""
+def check_status(process, number, handled, said):
+    """Check the status of a process that got a signal; `handled`: not by Python, and in time; `said`: at its end."""
     status, name = process.status, signal.Signals(number).name
     if status == 128 + number or (status in (0, -number) and not handled):
         return
-    if status == -number and "Stopped by" in process.text():
+    if status == -number and said in process.text():
         return  # A second signal, while Python ends.
     raise Disagreement(f"after {name}{' (handled)' if handled else ''}: status {status}: {process.last_line()}")
 

@@ -1,5 +1,6 @@
 """A run deletes only what it replaces, and only once it has something to put in its place; results fit the model."""
 
+import errno
 import itertools
 import json
 import os
@@ -250,6 +251,32 @@ def test_the_limit_counts_the_best_and_named_checkpoints_and_keeps_them(script, 
             script.rotate_checkpoints(groups[2], limit, 12)
             assert limit == 1 or steps(output) in ([3, 6, 9, 12], [3, 6, 12])
         assert steps(output) == kept
+
+
+def test_what_cannot_be_deleted_costs_no_step(script, model_folder, text_files, output, monkeypatch, caplog):
+    def refuse(path, *args):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(script.shutil, "rmtree", refuse)
+    settings = {**SHORT, **OVERWRITE, "save_total_limit": 1}
+    script.main(training_flags(model_folder, text_files, output, **settings))
+    assert f"{output / 'checkpoint-12'} cannot be deleted: Permission denied" in caplog.text  # Of the old run.
+    assert f"{output / 'checkpoint-1'} cannot be deleted: Permission denied" in caplog.text  # Above the limit.
+    assert read_json(output, "trainer_state.json")["global_step"] == 3
+
+
+def test_results_are_complete_or_those_of_before(script, text_files, output, monkeypatch):
+    before, replace = (output / "all_results.json").read_bytes(), os.replace
+
+    def kill(source, target):
+        if target.endswith("all_results.json"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr(script.os, "replace", kill)
+    with pytest.raises(KeyboardInterrupt):
+        script.main(training_flags(output, text_files, output, do_train="false"))
+    assert (output / "all_results.json").read_bytes() == before
 
 
 def test_a_deletion_that_is_killed_leaves_no_complete_checkpoint(script, output, monkeypatch):

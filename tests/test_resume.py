@@ -354,6 +354,35 @@ def test_best_model_is_loaded_and_kept(model_folder, text_files, tmp_path):
 
 
 @pytest.mark.pytorch
+def test_the_best_model_moves_with_its_folder(model_folder, text_files, tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+    settings |= {"learning_rate": 5, "lr_scheduler_type": "constant_with_warmup", "warmup_steps": 12}
+    run_mlm.main(training_flags(model_folder, text_files, tmp_path / "before", **settings))
+    best = read_json(tmp_path / "before", "trainer_state.json")["best_global_step"]
+    assert best < 12
+    os.rename(tmp_path / "before", tmp_path / "after")
+    shutil.copytree(tmp_path / "after" / "checkpoint-12", tmp_path / "before" / f"checkpoint-{best}")  # Another run.
+    run_mlm.main(training_flags(model_folder, text_files, tmp_path / "after", **settings))
+    state = read_json(tmp_path / "after", "trainer_state.json")
+    assert state["best_model_checkpoint"] == str(tmp_path / "after" / f"checkpoint-{best}")
+    assert weights(tmp_path / "after") == weights(tmp_path / "after" / f"checkpoint-{best}")
+
+
+@pytest.mark.pytorch
+def test_another_optimizer_does_not_resume(model_folder, text_files, tmp_path, capfd):
+    named = {"resume_from_checkpoint": finished_run(run_mlm) / "checkpoint-9", "optim": "adafactor"}
+    line = error_line(run_mlm, training_flags(model_folder, text_files, tmp_path / "output", **named), capfd)
+    assert "checkpoint-9 is of another optimizer than --optim adafactor" in line
+
+
+def test_a_folder_may_have_the_name_of_a_tensorflow_checkpoint(script, text_files, tmp_path, caplog):
+    model, output = shutil.copytree(finished_run(script), tmp_path / "model.ckpt"), tmp_path / "output.ckpt"
+    for steps in (2, 3):
+        script.main(training_flags(model, text_files, output, max_steps=steps, save_steps=1))
+    assert f"Resuming from {output / 'checkpoint-2'}" in caplog.text
+
+
+@pytest.mark.pytorch
 def test_signal_in_the_last_evaluation_still_saves(model_folder, text_files, tmp_path, monkeypatch):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     settings = {"eval_strategy": "steps", "eval_steps": 6, "metric_for_best_model": "loss"}

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from conftest import (
     history,
     optional_module,
     read_json,
+    sentences,
     set_up,
     training_flags,
     weights,
@@ -66,6 +68,14 @@ def test_an_evaluation_after_a_checkpoint_changes_no_dropout(script, model_folde
     script.main(training_flags(model_folder, text_files, output, **settings, **named))
     assert history(output) == history(whole)
     assert weights(output) == weights(whole)
+
+
+def test_a_stopped_run_whose_settings_are_those_of_its_folder(script, tmp_path, signal_in_step):
+    output = tmp_path / "output"
+    shutil.copytree(finished_run(script), output)
+    signal_in_step(13)
+    stop_and_resume(script, [str(output / "arguments.json"), *flags(output_dir=output, max_steps=14)])
+    assert read_json(output, "trainer_state.json")["global_step"] == 14
 
 
 def test_a_stop_delays_the_evaluation_that_is_due(script, model_folder, text_files, tmp_path, signal_in_step):
@@ -231,6 +241,14 @@ def test_changed_settings_of_a_resume_are_named(
     script.main(training_flags(model_folder, text_files, tmp_path / "other", **{**named, **changes}))
     (line,) = [record.getMessage() for record in caplog.records if "(now" in record.getMessage()]
     assert "checkpoint-9 has" in line and all(change in line for change in named_changes)
+
+
+def test_other_text_of_a_resume_is_named(script, model_folder, text_files, tmp_path, caplog):
+    text_files["train_file"] = write_lines(tmp_path / "other.txt", sentences(110, seed=5))
+    named = {"resume_from_checkpoint": finished_run(script) / "checkpoint-9", "max_steps": 10}
+    script.main(training_flags(model_folder, text_files, tmp_path / "output", **named))
+    (line,) = [record.getMessage() for record in caplog.records if "(now" in record.getMessage()]
+    assert "checkpoint-9 has text " in line and line.count("(now") == 1  # There are as many samples.
 
 
 @pytest.mark.pytorch

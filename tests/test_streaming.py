@@ -275,6 +275,14 @@ def test_resumed_run_equals_the_uninterrupted_one(script, small_model, files, tm
     assert weights(resumed) == weights(whole)
 
 
+def test_a_stream_may_become_shorter(script, small_model, files, tmp_path, caplog):
+    script.main(stream_flags(small_model, files, tmp_path / "output", max_steps=5))
+    script.main(stream_flags(small_model, files, tmp_path / "output", max_steps=7, max_train_samples=10))
+    (line,) = [record.getMessage() for record in caplog.records if "(now" in record.getMessage()]
+    assert "max_train_samples 50 (now 10)" in line
+    assert read_json(tmp_path / "output", "trainer_state.json")["global_step"] == 7
+
+
 def test_another_batch_size_goes_on_behind_the_last_sample(script, small_model, files, tmp_path, monkeypatch):
     """Also where the order of a block depends on the batch size that began it."""
     mask, trained = script.MaskingCollator.mask, []
