@@ -20,13 +20,17 @@ from conftest import INSTALLED, ROOT, SCRIPTS
 
 
 class Mutant(NamedTuple):
-    """A change of a text that occurs once in each of some scripts, and the kinds of cases that should find it."""
+    """A change of a text that occurs once in each of some scripts, and the kinds of cases that should find it.
+
+    `settings` are those without which the change does nothing, where few cases draw them.
+    """
 
     name: str
     scripts: tuple
     old: str
     new: str
     kinds: tuple
+    settings: tuple = ()
 
 
 PYTORCH, FLAX = SCRIPTS[:1], SCRIPTS[1:]
@@ -71,6 +75,7 @@ MUTANTS = [
     )
     batches = raw.select(range(0, len(raw), ENCODE_BATCH))  # A row""",
         ("repeat",),
+        ("line_by_line=false",),
     ),
     Mutant(
         "several processes train duplicates in an incomplete step",
@@ -95,6 +100,7 @@ MUTANTS = [
     if args.drop_last_step:
         order =""",
         ("backend",),
+        ("group_by_length=true", "line_by_line=true", "dataloader_drop_last=true"),
     ),
     Mutant(
         "each epoch has the same order",
@@ -119,6 +125,7 @@ MUTANTS = [
                     time.sleep(0.02)
 """,
         ("kill",),
+        ("save_strategy=steps", "save_steps=1"),
     ),
     Mutant(
         "the optimizer is not restored",
@@ -134,6 +141,7 @@ MUTANTS = [
         "keys = [SampleKey(index, epoch, step / last) for index in indices]",
         "keys = [SampleKey(index, epoch, (step - self.first_step) / last) for index in indices]",
         ("stop", "kill"),
+        ("final_mlm_probability=0.1", "mlm_probability=0.3"),
     ),
     Mutant(
         "a stop saves no checkpoint",
@@ -169,6 +177,7 @@ MUTANTS = [
         'for place in range(max(0, first - block["first"]), len(read)):',
         "for place in range(len(read)):",
         ("stop", "kill"),
+        ("streaming=true", "max_steps=13", "shuffle_buffer_size=30"),
     ),
 ]
 
@@ -183,9 +192,11 @@ def try_mutant(mutant, script, minutes, work):
         sys.exit(f"{script}: {mutant.name}: the text to change occurs {text.count(mutant.old)} times, not once")
     (root / f"{script}.py").write_text(text.replace(mutant.old, mutant.new), encoding="utf-8")
     kinds = [word for kind in mutant.kinds for word in ("--kind", kind)]
-    command = [sys.executable, str(ROOT / "tests" / "fuzz_runs.py"), "--root", str(root), "--script", script, *kinds]
+    settings = [word for setting in mutant.settings for word in ("--set", setting)]
+    command = [sys.executable, str(ROOT / "tests" / "fuzz_runs.py"), "--root", str(root), "--script", script]
     start = time.monotonic()
-    process = subprocess.run([*command, "--minutes", str(minutes), "--first"], capture_output=True, text=True)
+    options = [*kinds, *settings, "--minutes", str(minutes), "--first"]
+    process = subprocess.run([*command, *options], capture_output=True, text=True)
     seconds = time.monotonic() - start
     found = re.search(rf"^({'|'.join(mutant.kinds)}) \w+ \d+: .*", process.stdout, re.MULTILINE)
     result = f"found in {seconds:.0f} s: {found[0]}" if found else f"not found in {seconds:.0f} s {process.stderr}"

@@ -2,6 +2,7 @@
 
     python tests/fuzz_runs.py --minutes 60
     python tests/fuzz_runs.py --script run_mlm --kind stop --seed 3 --case 17
+    python tests/fuzz_runs.py --set group_by_length=true --set dataloader_drop_last=true
 
 A case is one draw of flags. Each kind of case compares an uninterrupted run with others of the same flags:
 
@@ -169,8 +170,8 @@ REPORTS += ("save_strategy", "save_steps", "save_total_limit", "include_num_inpu
 REPORTS += ("dataloader_num_workers", "dataloader_persistent_workers")
 
 
-def draw(rng, script, kind):
-    """Return random settings of a case that a script accepts; `script` None: those of both scripts."""
+def draw(rng, script, kind, given=()):
+    """Return random settings of a case that a script accepts, but for `given` ones; `script` None: both scripts."""
     table, groups = dict(FLAGS), list(GROUPS)
     if script:
         table |= ONLY[script]
@@ -180,7 +181,7 @@ def draw(rng, script, kind):
     settings = {name: rng.choice(values) for name, values in table.items()}
     for alternatives in groups:
         settings |= rng.choice(alternatives)
-    settings |= FIXED[kind]
+    settings |= {**FIXED[kind], **dict(given)}
     make_valid(settings, rng)
     return {name: value for name, value in settings.items() if value is not None}
 
@@ -222,9 +223,9 @@ def write_texts(path, texts):
 class Case:
     """One draw of flags, with text, model and runs in a folder of its own."""
 
-    def __init__(self, script, kind, number, seed, work):
+    def __init__(self, script, kind, number, seed, work, given=()):
         self.name = f"{kind} {script or 'both'} {number}"
-        self.script, self.kind = script, kind
+        self.script, self.kind, self.given = script, kind, given
         self.rng = random.Random(f"{seed} {self.name}")
         self.folder, self.commands = Path(work, self.name.replace(" ", "-")), []
         self.folder.mkdir(parents=True)
@@ -232,7 +233,7 @@ class Case:
 
     def draw(self, number):
         """Draw the settings; write the texts and the model."""
-        settings = draw(self.rng, self.script, self.kind)
+        settings = draw(self.rng, self.script, self.kind, self.given)
         texts = sentences(self.rng.choice((110, 1100, 2500) if self.kind == "repeat" else (60, 110)), seed=number)
         texts[7] = texts[40] = ""
         files_rng = random.Random(f"format {self.name}")  # Of its own, so that the settings of a case stay the same.
@@ -502,7 +503,7 @@ def change_flags(case):
     case.run("whole")
     if not copy_checkpoint(case):
         return
-    other = draw(case.rng, case.script, case.kind)
+    other = draw(case.rng, case.script, case.kind, case.given)
     case.settings = {name: value for name, value in case.settings.items() if name not in REPORTS}
     case.settings |= {name: other[name] for name in REPORTS if name in other}
     case.run("resumed")
@@ -558,7 +559,7 @@ def campaign(arguments, work):
         for kind, script in pairs:
             if time.monotonic() > stop:
                 return counts
-            agrees = run_case(Case(script, kind, number, arguments.seed, work))
+            agrees = run_case(Case(script, kind, number, arguments.seed, work, arguments.set))
             counts[kind, script][0] += 1
             counts[kind, script][1] += not agrees
             if arguments.first and not agrees:
@@ -570,6 +571,12 @@ def campaign(arguments, work):
     return counts
 
 
+def read_setting(text):
+    """Return (name, value) of a setting."""
+    name, value = text.split("=", 1)
+    return name, int(value) if value.isdigit() else value
+
+
 def main():
     """Run a campaign and return its exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -579,6 +586,9 @@ def main():
     parser.add_argument("--cases", type=int, default=10**6, help="run so many cases, of all kinds together")
     parser.add_argument("--case", type=int, help="run the case of this number of each kind")
     parser.add_argument("--first", action="store_true", help="end at the first disagreement")
+    parser.add_argument(
+        "--set", type=read_setting, action="append", default=[], metavar="NAME=VALUE", help="a setting of each case"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, default=ROOT, help="folder of the scripts")
     arguments = parser.parse_args()
