@@ -1740,10 +1740,14 @@ class StepSampler(torch.utils.data.Sampler):
         return itertools.chain.from_iterable(self.plan.steps())
 
 
-def ignore_signals(worker_id):
-    """Make a loader worker ignore SIGTERM and Ctrl-C, which reach its whole group: the main process ends workers."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+@contextlib.contextmanager
+def blocked_signals():
+    """Block SIGTERM and Ctrl-C, for good in processes that start in the block; this one gets them at the end of it."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def model_inputs(model, batch):
@@ -1957,8 +1961,11 @@ class MaskedLMTrainer(Trainer):
 
     def create_scheduler(self, *args, **kwargs):
         """Return the schedule; raises `UserError` for arguments that do not fit it."""
-        with user_errors("--lr_scheduler_type, --lr_scheduler_kwargs"):
-            return super().create_scheduler(*args, **kwargs)
+        with user_errors("--lr_scheduler_type, --lr_scheduler_kwargs, --warmup_steps"):
+            scheduler = super().create_scheduler(*args, **kwargs)
+            for factor in getattr(scheduler, "lr_lambdas", ()):
+                factor(self.plan.num_steps)  # Some fail only there, when all steps are trained.
+            return scheduler
 
     def init_hf_repo(self, *args, **kwargs):
         """Create the hub repository; raises `UserError` if that fails."""
@@ -1980,7 +1987,10 @@ class MaskedLMTrainer(Trainer):
 
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
-        getattr(loader, "base_dataloader", loader).worker_init_fn = ignore_signals
+        base = getattr(loader, "base_dataloader", loader)
+        if hasattr(signal, "pthread_sigmask"):  # Not on Windows.
+            # Workers start in `_get_iterator`. A signal to their group must not end them: the main process does.
+            base._get_iterator = blocked_signals()(base._get_iterator)
         return loader
 
     def get_batch_samples(self, *args, **kwargs):
@@ -2416,8 +2426,6 @@ class StopSignals:
     def handle(self, number, frame):
         """Handle a signal."""
         again = number == self.number == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
-        if os.getpid() != self.process and self.deferred:
-            return  # A worker, which the main process ends.
         if os.getpid() != self.process or again:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -2709,8 +2717,10 @@ def ending_together(args, signals):
 
 def leave_process_group():
     """End loader workers and the process group, whose threads would abort the process while Python exits."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # Python would wait forever for the workers that are left.
     for worker in multiprocessing.active_children():
-        worker.kill()  # It ignores SIGTERM.
+        worker.kill()  # It does not get SIGTERM.
     gc.collect()  # Models wrapped for the group would keep it alive.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -2610,8 +2610,6 @@ class StopSignals:
     def handle(self, number, frame):
         """Handle a signal."""
         again = number == self.number == signal.SIGINT and time.monotonic() - self.time > SECOND_INTERRUPT
-        if os.getpid() != self.process and self.deferred:
-            return  # A worker, which the main process ends.
         if os.getpid() != self.process or again:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

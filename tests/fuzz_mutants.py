@@ -160,8 +160,8 @@ MUTANTS = [
     Mutant(
         "a signal to the group ends the loader's workers",
         PYTORCH,
-        ".worker_init_fn = ignore_signals",
-        ".worker_init_fn = None",
+        "base._get_iterator = blocked_signals()(base._get_iterator)",
+        "pass",
         ("stop",),
     ),
     Mutant(

@@ -492,6 +492,12 @@ ADAPTATION = [
         lambda place: {**DECAY, "lr_scheduler_kwargs": '{"num_decay_steps": "four"}'},
         ["--lr_scheduler_kwargs"],
     ),
+    Mistake(
+        "a schedule that fails at the last step",
+        lambda place: {"lr_scheduler_type": "polynomial", "warmup_steps": 2},
+        ["--lr_scheduler_type", "--warmup_steps", "division by zero"],
+        TORCH,
+    ),
     Mistake("no decay steps", lambda place: DECAY, ["--lr_scheduler_", "num_decay_steps"]),
     Mistake(
         "arguments of another schedule",

@@ -308,6 +308,25 @@ def test_a_further_sigterm_changes_nothing_and_a_late_ctrl_c_ends_the_program(sc
         kill.assert_called_once_with(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.pytorch
+def test_a_late_ctrl_c_leaves_no_loader_worker(monkeypatch):
+    """Python would wait forever for a worker that is left."""
+    killed, handlers = [], {number: signal.getsignal(number) for number in run_mlm.STOP_SIGNALS}
+
+    class Worker:
+        def kill(self):
+            signal.raise_signal(signal.SIGINT)
+            killed.append(self)
+
+    monkeypatch.setattr(run_mlm.multiprocessing, "active_children", lambda: [Worker(), Worker()])
+    try:
+        run_mlm.leave_process_group()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert len(killed) == 2
+
+
 def test_output_dir_rules(script, model_folder, text_files, tmp_path, capsys, caplog):
     output = tmp_path / "output"
     output.mkdir()
