@@ -2682,7 +2682,8 @@ def log_predictions(dataset, collator, predict):
     batch = {name: array[shown] for name, array in batch.items()}
     logits = np.asarray(predict({name: batch[name] for name in ("input_ids", "attention_mask")}), np.float32)
     for ids, attended, labels, masked, scores in zip(*batch.values(), hidden[shown], logits):
-        guesses = zip(scores[masked].argmax(-1), labels[masked])
+        places = np.flatnonzero(masked)  # A Perceiver returns more positions than it has got.
+        guesses = zip(scores[places].argmax(-1), labels[places])
         pairs = [f"{decode(guess)} ({decode(label)})" for guess, label in guesses]
         logger.info(f"  {decode(ids[attended == 1])}")
         logger.info(f"    predicted (in the text): {', '.join(pairs)}")
@@ -2732,8 +2733,9 @@ def run_settings(data_args, training_args, max_seq_length, dataset):
         order = {"shuffle_buffer_size": data_args.shuffle_buffer_size, "held_out_samples": held_out}
         order["max_train_samples"] = data_args.max_train_samples
     else:
-        some = dataset.__getitems__(np.linspace(0, len(dataset) - 1, 100).astype(int)) if dataset else []
-        content = b"".join(sample["input_ids"].astype("<i4").tobytes() for sample in some)
+        places = np.linspace(0, len(dataset) - 1, 100).astype(int)
+        some = table_rows(dataset.dataset[places]) if dataset else ()
+        content = b"".join(row["input_ids"].astype("<i4").tobytes() for row in some)
         order = {"samples": len(dataset), "text": f"{zlib.crc32(content):08x}"}
     return {**settings, **order, "order_seed": training_args.order_seed, "max_seq_length": max_seq_length}
 
