@@ -201,6 +201,8 @@ def make_valid(settings, rng):
     if settings.get("lr_scheduler_type") == "reduce_lr_on_plateau":
         settings |= {"do_eval": "true", "eval_strategy": "epoch", "metric_for_best_model": "loss", "warmup_steps": None}
         settings |= {"save_strategy": "epoch"} if settings.get("load_best_model_at_end") else {}
+    if settings.get("lr_scheduler_type") == "polynomial" and settings["warmup_steps"] == 3:
+        settings["warmup_steps"] = 0.2  # A run of three steps would be refused.
     if settings.get("lr_scheduler_type") in ("constant", "reduce_lr_on_plateau"):
         settings["warmup_steps"] = None
     if settings.get("do_eval") == "false":
