@@ -2451,6 +2451,12 @@ class StopSignals:
         raise SystemExit(128 + number)
 
 
+def ignore_signals():
+    """Ignore SIGTERM and Ctrl-C: a further one would kill the program while it ends, and others wait for it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def setup_logging(training_args):
     """Log to stdout, from the main process only."""
     logging.basicConfig(
@@ -2719,8 +2725,7 @@ def ending_together(args, signals):
 
 def leave_process_group():
     """End loader workers and the process group, whose threads would abort the process while Python exits."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)  # Python would wait forever for the workers that are left.
+    ignore_signals()  # Python would wait forever for workers that are left.
     for worker in multiprocessing.active_children():
         worker.kill()  # It does not get SIGTERM.
     gc.collect()  # Models wrapped for the group would keep it alive.

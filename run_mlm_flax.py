@@ -20,6 +20,7 @@ Shapes: B batch (samples), L length (tokens), V vocabulary, K label slots of a b
 A accumulated batches, D devices, d head size.
 """
 
+import atexit
 import collections
 import contextlib
 import copy
@@ -2635,6 +2636,12 @@ class StopSignals:
         raise SystemExit(128 + number)
 
 
+def ignore_signals():
+    """Ignore SIGTERM and Ctrl-C: a further one would kill the program while it ends, and others wait for it."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def setup_logging(training_args):
     """Log to stdout, from the main process only."""
     logging.basicConfig(
@@ -3380,7 +3387,8 @@ def main(argv=None):
     keep_compiled_code(model_args)
     connect_processes(data_args, training_args)
     setup_logging(training_args)
-    with ending_together(), StopSignals() as signals, output_lock(training_args), logging_redirect_tqdm():
+    atexit.register(ignore_signals)
+    with StopSignals() as signals, ending_together(), output_lock(training_args), logging_redirect_tqdm():
         checkpoint = find_checkpoint(model_args, data_args, training_args)
         tokenizer = load_tokenizer(model_args)
         new_tokens = add_new_tokens(tokenizer, model_args.new_tokens)

@@ -339,12 +339,13 @@ def interrupted(case, signals):
             process.end()
         for process, handles in zip(processes, handled):
             said = "Stopped by" if process is processes[0] else "stopping after this step"  # Only the first one logs.
-            check_status(process, interruption.number, handles, said)
+            ended = not process.status and (output / "README.md").exists()  # Before the signal came.
+            check_status(process, interruption.number, handles and not ended, said)
         check_saved(processes[0], output, case.read_ahead())
         if handled[0] and (late := len(processes[0].trained()) - trained) > case.read_ahead():
             raise Disagreement(f"the run goes on for {late} samples after the signal")
-        if case.settings["save_strategy"] == "no" and (output / "model.safetensors").exists():
-            return  # Without a checkpoint, a folder with a model belongs to a run that is finished.
+        if case.settings["save_strategy"] == "no" and (output / "config.json").exists():
+            return  # Without a checkpoint, a folder with a model, or a part of one, belongs to a run that is finished.
     case.run("stopped", way=way)
     limit = case.settings.get("save_total_limit", 0) + ("load_best_model_at_end" in case.settings)
     compare(case.folder / "whole", output, checkpoints_of="more" if case.kind == "stop" else "same", limit=limit)

@@ -23,7 +23,7 @@ STEPS = 4
 # Counts the samples that a process collates, and names its calls of the encoder; STOP_AT is the step of a signal, FAULT
 # what goes wrong.
 WATCHED = """
-import os, signal, sys, time
+import os, signal, sys, threading, time
 import run_mlm_flax
 
 collated, collate = [], run_mlm_flax.MaskingCollator.collate
@@ -67,6 +67,8 @@ def noted_sleep(seconds):
     if sys._getframe(1).f_code.co_name == "wait_until_done":
         open("waits", "w").close()
         if fault == "stopped while it waits":
+            # Another one follows, while this process waits for the others to end.
+            threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
             os.kill(os.getpid(), signal.SIGTERM)
     sleep(seconds)
 
