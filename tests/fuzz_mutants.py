@@ -156,6 +156,7 @@ MUTANTS = [
         "for path in others[: max(0, len(found) - limit)]:",
         "for path in reversed(others[-max(0, len(found) - limit) :]):",
         ("stop", "kill"),
+        ("save_total_limit=2", "save_strategy=steps", "save_steps=2"),
     ),
     Mutant(
         "a signal to the group ends the loader's workers",
