@@ -1988,8 +1988,9 @@ class MaskedLMTrainer(Trainer):
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         base = getattr(loader, "base_dataloader", loader)
+        base.worker_init_fn = ignore_signals  # A signal to their group must not end them: the main process does.
         if hasattr(signal, "pthread_sigmask"):  # Not on Windows.
-            # Workers start in `_get_iterator`. A signal to their group must not end them: the main process does.
+            # Workers start in `_get_iterator`; those that are forked there get no signal before they ignore them.
             base._get_iterator = blocked_signals()(base._get_iterator)
         return loader
 
@@ -2451,8 +2452,8 @@ class StopSignals:
         raise SystemExit(128 + number)
 
 
-def ignore_signals():
-    """Ignore SIGTERM and Ctrl-C: a further one would kill the program while it ends, and others wait for it."""
+def ignore_signals(worker_id=None):
+    """Ignore SIGTERM and Ctrl-C, in a loader worker, or while the program ends and others wait for it."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -2636,8 +2636,8 @@ class StopSignals:
         raise SystemExit(128 + number)
 
 
-def ignore_signals():
-    """Ignore SIGTERM and Ctrl-C: a further one would kill the program while it ends, and others wait for it."""
+def ignore_signals(worker_id=None):
+    """Ignore SIGTERM and Ctrl-C, in a loader worker, or while the program ends and others wait for it."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -161,8 +161,8 @@ MUTANTS = [
     Mutant(
         "a signal to the group ends the loader's workers",
         PYTORCH,
-        "base._get_iterator = blocked_signals()(base._get_iterator)",
-        "pass",
+        "base.worker_init_fn = ignore_signals",
+        "return loader",
         ("stop",),
     ),
     Mutant(
