@@ -1742,7 +1742,7 @@ class StepSampler(torch.utils.data.Sampler):
 
 @contextlib.contextmanager
 def blocked_signals():
-    """Block SIGTERM and Ctrl-C, for good in processes that start in the block; this one gets them at the end of it."""
+    """Block SIGTERM and Ctrl-C within the block, and for good in the processes that are forked there."""
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
@@ -1964,7 +1964,7 @@ class MaskedLMTrainer(Trainer):
         with user_errors("--lr_scheduler_type, --lr_scheduler_kwargs, --warmup_steps"):
             scheduler = super().create_scheduler(*args, **kwargs)
             for factor in getattr(scheduler, "lr_lambdas", ()):
-                factor(self.plan.num_steps)  # Some fail only there, when all steps are trained.
+                factor(self.plan.num_steps)  # Some schedules fail at the last step only, after the training.
             return scheduler
 
     def init_hf_repo(self, *args, **kwargs):
@@ -1988,9 +1988,9 @@ class MaskedLMTrainer(Trainer):
     def _get_dataloader(self, *args, **kwargs):
         loader = super()._get_dataloader(*args, **kwargs)
         base = getattr(loader, "base_dataloader", loader)
-        base.worker_init_fn = ignore_signals  # A signal to their group must not end them: the main process does.
+        base.worker_init_fn = ignore_signals  # A signal to the group must not end workers; the main process ends them.
         if hasattr(signal, "pthread_sigmask"):  # Not on Windows.
-            # Workers start in `_get_iterator`; those that are forked there get no signal before they ignore them.
+            # Workers start in `_get_iterator`. A forked one must not get a signal before it ignores them.
             base._get_iterator = blocked_signals()(base._get_iterator)
         return loader
 
@@ -2023,7 +2023,7 @@ class MaskedLMTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _determine_best_metric(self, *args, **kwargs):
-        """Return whether this is the best model yet; one of which no checkpoint is due cannot be the best."""
+        """Return whether this is the best model so far; a step at which no checkpoint is due does not count."""
         step, due = self.state.global_step, self.args.save_strategy != "steps"
         due |= step == self.state.max_steps or step % self.state.save_steps == 0
         if self.args.load_best_model_at_end and not due:
@@ -2033,7 +2033,7 @@ class MaskedLMTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         for name in ("*optimizer*", "scheduler.pt") if checkpoint and not self.is_deepspeed_enabled else ():
             if not glob.glob(os.path.join(glob.escape(checkpoint), name)):  # The Trainer would load neither.
-                raise UserError(f"{checkpoint} cannot be resumed: it has no {name}")
+                raise UserError(f"{checkpoint} cannot be resumed: it has no file {name}")
         peaks = getattr(self.lr_scheduler, "base_lrs", None)
         settings = set(self.optimizer.param_groups[0])
         with user_errors(f"the optimizer state in {checkpoint}"):
@@ -2122,7 +2122,7 @@ class RunCallback(TrainerCallback):
         due = TrainerControl()
         if self.checkpoint:
             self.decide(args, state, due)
-        if self.checkpoint and state.best_global_step:  # The state has the path that the folder once had.
+        if self.checkpoint and state.best_global_step:  # The folder may have been moved since.
             best = os.path.join(os.path.dirname(self.checkpoint), f"checkpoint-{state.best_global_step}")
             state.best_model_checkpoint = best if os.path.isdir(best) else state.best_model_checkpoint
         evaluated = [entry["step"] for entry in state.log_history if "eval_loss" in entry]
@@ -2161,8 +2161,8 @@ class RunCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         """Stop after a signal."""
-        limits = ", without an optimizer state: it cannot be resumed" if args.save_only_model else ""
-        logger.info(f"Saved {os.path.join(args.output_dir, f'checkpoint-{state.global_step}')}{limits}.")
+        note = ", without an optimizer state: it cannot be resumed" if args.save_only_model else ""
+        logger.info(f"Saved {os.path.join(args.output_dir, f'checkpoint-{state.global_step}')}{note}.")
         self.trainer.timer = state.global_step, time.perf_counter()
         if stop_signal := self.any_signal():
             self.trainer.accelerator.wait_for_everyone()
@@ -2372,7 +2372,7 @@ def rotate_checkpoints(args, limit, step):
 def delete(path):
     """Delete a file, or a checkpoint: its state first, so that a kill in between leaves an unfinished one.
 
-    What cannot be deleted stays, with a warning: that is no reason to lose steps.
+    Logs a warning for what cannot be deleted: no step is lost for that.
     """
     try:
         if not os.path.isdir(path):
@@ -2418,7 +2418,8 @@ class StopSignals:
 
     def __exit__(self, kind, error, traceback):
         try:
-            if self.number and kind and not self.deferred:  # Compiled code may have turned the exit into an error.
+            if self.number and not self.deferred:
+                # Compiled code may have turned the exit of `handle` into an error, or a destructor swallowed it.
                 self.stop(self.number)
         finally:
             for number, handler in self.previous.items():
@@ -2453,7 +2454,7 @@ class StopSignals:
 
 
 def ignore_signals(worker_id=None):
-    """Ignore SIGTERM and Ctrl-C, in a loader worker, or while the program ends and others wait for it."""
+    """Ignore SIGTERM and Ctrl-C from now on: in a loader worker, or while the program ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -2505,7 +2506,7 @@ def log_predictions(dataset, collator, predict):
     batch = {name: array[shown] for name, array in batch.items()}
     logits = np.asarray(predict({name: batch[name] for name in ("input_ids", "attention_mask")}), np.float32)
     for ids, attended, labels, masked, scores in zip(*batch.values(), hidden[shown], logits):
-        places = np.flatnonzero(masked)  # A Perceiver returns more positions than it has got.
+        places = np.flatnonzero(masked)  # A Perceiver returns more positions than it receives.
         guesses = zip(scores[places].argmax(-1), labels[places])
         pairs = [f"{decode(guess)} ({decode(label)})" for guess, label in guesses]
         logger.info(f"  {decode(ids[attended == 1])}")
@@ -2559,7 +2560,7 @@ def run_settings(data_args, training_args, max_seq_length, dataset):
         places = np.linspace(0, len(dataset) - 1, 100).astype(int)
         some = table_rows(dataset.dataset[places]) if dataset else ()
         content = b"".join(row["input_ids"].astype("<i4").tobytes() for row in some)
-        order = {"samples": len(dataset), "text": f"{zlib.crc32(content):08x}"}
+        order = {"samples": len(dataset), "text_checksum": f"{zlib.crc32(content):08x}"}
     return {**settings, **order, "order_seed": training_args.order_seed, "max_seq_length": max_seq_length}
 
 
@@ -2728,7 +2729,7 @@ def leave_process_group():
     """End loader workers and the process group, whose threads would abort the process while Python exits."""
     ignore_signals()  # Python would wait forever for workers that are left.
     for worker in multiprocessing.active_children():
-        worker.kill()  # It does not get SIGTERM.
+        worker.kill()  # It ignores SIGTERM.
     gc.collect()  # Models wrapped for the group would keep it alive.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -2556,7 +2556,7 @@ def rotate_checkpoints(args, limit, step):
 def delete(path):
     """Delete a file, or a checkpoint: its state first, so that a kill in between leaves an unfinished one.
 
-    What cannot be deleted stays, with a warning: that is no reason to lose steps.
+    Logs a warning for what cannot be deleted: no step is lost for that.
     """
     try:
         if not os.path.isdir(path):
@@ -2602,7 +2602,8 @@ class StopSignals:
 
     def __exit__(self, kind, error, traceback):
         try:
-            if self.number and kind and not self.deferred:  # Compiled code may have turned the exit into an error.
+            if self.number and not self.deferred:
+                # Compiled code may have turned the exit of `handle` into an error, or a destructor swallowed it.
                 self.stop(self.number)
         finally:
             for number, handler in self.previous.items():
@@ -2637,7 +2638,7 @@ class StopSignals:
 
 
 def ignore_signals(worker_id=None):
-    """Ignore SIGTERM and Ctrl-C, in a loader worker, or while the program ends and others wait for it."""
+    """Ignore SIGTERM and Ctrl-C from now on: in a loader worker, or while the program ends."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -2689,7 +2690,7 @@ def log_predictions(dataset, collator, predict):
     batch = {name: array[shown] for name, array in batch.items()}
     logits = np.asarray(predict({name: batch[name] for name in ("input_ids", "attention_mask")}), np.float32)
     for ids, attended, labels, masked, scores in zip(*batch.values(), hidden[shown], logits):
-        places = np.flatnonzero(masked)  # A Perceiver returns more positions than it has got.
+        places = np.flatnonzero(masked)  # A Perceiver returns more positions than it receives.
         guesses = zip(scores[places].argmax(-1), labels[places])
         pairs = [f"{decode(guess)} ({decode(label)})" for guess, label in guesses]
         logger.info(f"  {decode(ids[attended == 1])}")
@@ -2743,7 +2744,7 @@ def run_settings(data_args, training_args, max_seq_length, dataset):
         places = np.linspace(0, len(dataset) - 1, 100).astype(int)
         some = table_rows(dataset.dataset[places]) if dataset else ()
         content = b"".join(row["input_ids"].astype("<i4").tobytes() for row in some)
-        order = {"samples": len(dataset), "text": f"{zlib.crc32(content):08x}"}
+        order = {"samples": len(dataset), "text_checksum": f"{zlib.crc32(content):08x}"}
     return {**settings, **order, "order_seed": training_args.order_seed, "max_seq_length": max_seq_length}
 
 
@@ -3075,7 +3076,7 @@ class MaskedLMTrainer:
         self.schedule = create_schedule(self.args, num_steps)
         warmup = self.args.warmup_steps if self.args.warmup_steps >= 1 else self.args.warmup_steps * num_steps
         places = [*np.linspace(0, num_steps - 1, 10_000), *(warmup + place for place in (-1, 0, 1))]
-        peak = float(jax.vmap(self.schedule)(np.clip(places, 0, num_steps - 1).astype(int)).max())
+        peak = float(jax.vmap(self.schedule)(np.clip(np.round(places), 0, num_steps - 1).astype(int)).max())
         num_parameters = sum(value.size for value in jax.tree.leaves(self.params))
         log_training(self.args, num_parameters, self.step, num_steps, peak)
 

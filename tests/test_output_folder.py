@@ -180,7 +180,7 @@ def test_a_checkpoint_with_a_part_of_the_optimizer_is_an_error(
     (output / "checkpoint-12" / "global_step12").mkdir()  # As DeepSpeed writes it.
     before = snapshot(output)
     line = error_line(run_mlm, training_flags(model_folder, text_files, output, max_steps=13), capfd)
-    assert f"{output / 'checkpoint-12'} cannot be resumed: it has no" in line and name[:9] in line
+    assert f"{output / 'checkpoint-12'} cannot be resumed: it has no file" in line and name[:9] in line
     assert snapshot(output) == before
 
 

@@ -1,5 +1,6 @@
 """A stopped, killed or failed run goes on where it was, and ends as one that was never stopped."""
 
+import contextlib
 import importlib
 import os
 import resource
@@ -294,11 +295,12 @@ def test_a_stop_saves_the_optimizer_of_a_run_that_saves_only_models(
 
 @pytest.mark.shared
 def test_a_further_sigterm_changes_nothing_and_a_late_ctrl_c_ends_the_program(script, capfd):
-    with script.StopSignals() as signals, signals.defer():
+    with pytest.raises(SystemExit, match="143"), script.StopSignals() as signals, signals.defer():
         for _ in range(3):
             signal.raise_signal(signal.SIGTERM)
             assert signals.number == signal.SIGTERM
-    with mock.patch("os.kill") as kill, script.StopSignals() as signals, signals.defer():
+    patch = mock.patch("os.kill")
+    with patch as kill, pytest.raises(SystemExit, match="130"), script.StopSignals() as signals, signals.defer():
         for _ in range(2):  # A key that was hit twice.
             signal.raise_signal(signal.SIGINT)
         kill.assert_not_called()
@@ -325,6 +327,14 @@ def test_a_late_ctrl_c_leaves_no_loader_worker(monkeypatch):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert len(killed) == 2
+
+
+@pytest.mark.shared
+def test_a_signal_whose_exit_is_swallowed_ends_the_program_later(script):
+    """As in a callback of the garbage collector, after the training."""
+    swallow = contextlib.suppress(SystemExit)
+    with pytest.raises(SystemExit, match="143"), script.StopSignals(), swallow:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def test_output_dir_rules(script, model_folder, text_files, tmp_path, capsys, caplog):
