@@ -306,7 +306,7 @@ def test_a_batch_size_that_is_found_trains_as_if_it_were_given(model_folder, tex
 
 
 @pytest.mark.flax
-@pytest.mark.parametrize("steps", [50_000, 2**31 - 1])  # The rates of so many steps would need 40 GB.
+@pytest.mark.parametrize("steps", [50_000, 2**31 - 1])  # The numbers of so many steps alone take 17 GB.
 def test_the_log_names_the_peak_of_the_learning_rate(model_folder, text_files, tmp_path, caplog, steps):
     settings = {"max_steps": steps, "warmup_steps": 7, "learning_rate": 5e-5}
     schedule = {"lr_scheduler_type": "constant * linear_warmup * rsqrt_decay"}
