@@ -22,7 +22,7 @@ from conftest import INSTALLED, ROOT, SCRIPTS
 class Mutant(NamedTuple):
     """A change of a text that occurs once in each of some scripts, and the kinds of cases that should find it.
 
-    `settings` are those without which the change does nothing, where few cases draw them.
+    `settings` are flags that the change needs to matter, if few cases draw them.
     """
 
     name: str

@@ -171,7 +171,7 @@ REPORTS += ("dataloader_num_workers", "dataloader_persistent_workers")
 
 
 def draw(rng, script, kind, given=()):
-    """Return random settings of a case that a script accepts, but for `given` ones; `script` None: both scripts."""
+    """Return random settings that a script accepts, with the `given` ones; `script` None: both scripts accept them."""
     table, groups = dict(FLAGS), list(GROUPS)
     if script:
         table |= ONLY[script]
@@ -357,7 +357,10 @@ def interrupted(case, signals):
 
 
 def check_status(process, number, handled, said):
-    """Check the status of a process that got a signal; `handled`: not by Python, and in time; `said`: at its end."""
+    """Check the status of a process that got a signal.
+
+    `handled`: the script handles the signal, which came in time; `said`: what the process prints when it stops.
+    """
     status, name = process.status, signal.Signals(number).name
     if status == 128 + number or (status in (0, -number) and not handled):
         return
@@ -366,7 +369,7 @@ def check_status(process, number, handled, said):
     raise Disagreement(f"after {name}{' (handled)' if handled else ''}: status {status}: {process.last_line()}")
 
 
-# What a process says that trains when another one, which does not yet, ends with the signal.
+# What a process that trains prints when the signal ends another one that does not train yet.
 OTHER_ENDED = r"; another process has ended, so no checkpoint is saved|process \d: stopped by a signal"
 
 

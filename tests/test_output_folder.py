@@ -171,9 +171,7 @@ def test_a_checkpoint_without_optimizer_is_neither_resumed_nor_deleted(
 
 @pytest.mark.pytorch
 @pytest.mark.parametrize("name", ["scheduler.pt", "optimizer.pt"])
-def test_a_checkpoint_with_a_part_of_the_optimizer_is_an_error(
-    model_folder, text_files, tmp_path, monkeypatch, capfd, name
-):
+def test_a_checkpoint_with_a_part_of_the_optimizer_is_an_error(model_folder, text_files, tmp_path, capfd, name):
     """The Trainer would begin with a new optimizer."""
     output = Path(shutil.copytree(finished_run(run_mlm), tmp_path / "output"))
     (output / "checkpoint-12" / name).unlink()

@@ -294,7 +294,7 @@ def test_a_stop_saves_the_optimizer_of_a_run_that_saves_only_models(
 
 
 @pytest.mark.shared
-def test_a_further_sigterm_changes_nothing_and_a_late_ctrl_c_ends_the_program(script, capfd):
+def test_a_further_sigterm_changes_nothing_and_a_late_ctrl_c_ends_the_program(script):
     with pytest.raises(SystemExit, match="143"), script.StopSignals() as signals, signals.defer():
         for _ in range(3):
             signal.raise_signal(signal.SIGTERM)
