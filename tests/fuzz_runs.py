@@ -511,12 +511,14 @@ def change_flags(case):
     if case.settings.get("lr_scheduler_type") == "reduce_lr_on_plateau":  # The rate depends on the evaluations.
         case.settings["lr_scheduler_type"] = "linear"
         case.settings.pop("lr_scheduler_kwargs", None)
+    streamed = {"do_eval": "true"} if "streaming" in case.settings else {}  # It may hold out samples of the stream.
+    case.settings |= streamed
     case.run("whole")
     if not copy_checkpoint(case):
         return
     other = draw(case.rng, case.script, case.kind, case.given)
     case.settings = {name: value for name, value in case.settings.items() if name not in REPORTS}
-    case.settings |= {name: other[name] for name in REPORTS if name in other}
+    case.settings |= {name: other[name] for name in REPORTS if name in other} | streamed
     case.run("resumed")
     folders = [case.folder / name for name in ("whole", "resumed")]
     found = [
