@@ -498,6 +498,10 @@ def check_args(model, data, training):
         (training.max_steps > 0 or training.max_steps == -1, f"--max_steps {training.max_steps} is not above 0 or -1"),
         (training.do_train or not training.push_to_hub, "--push_to_hub needs --do_train"),
         (
+            training.do_train or not training.resume_from_checkpoint,
+            "--resume_from_checkpoint needs --do_train; a checkpoint to evaluate is --model_name_or_path",
+        ),
+        (
             not (resumes and training.overwrite_output_dir),
             "use either --resume_from_checkpoint true or --overwrite_output_dir, which some configurations set",
         ),
@@ -626,8 +630,10 @@ def load_named_dataset(model_args, data_args):
         files = sorted(glob.glob(os.path.join(glob.escape(name), "**"), recursive=True))
         # The sizes become part of the cache key, which already has the modification times.
         options["description"] = " ".join(str(os.path.getsize(path)) for path in files if os.path.isfile(path))
-    if os.path.exists(os.path.join(name, "state.json")):  # One split, as `Dataset.save_to_disk` writes it.
-        options["data_files"] = {"train": os.path.join(glob.escape(name), "data-*.arrow")}
+    state = os.path.join(name, "state.json")
+    if os.path.exists(state):  # One split, as `Dataset.save_to_disk` writes it; it leaves files of an earlier one.
+        files = [file["filename"] for file in read_json_object(state)["_data_files"]]
+        options["data_files"] = {"train": [os.path.join(glob.escape(name), glob.escape(file)) for file in files]}
         name = "arrow"
     elif os.path.isdir(name):
         config = datasets.load_dataset_builder(name, config_name, cache_dir=model_args.cache_dir).config
@@ -686,18 +692,23 @@ def load_files(split, names, model_args, data_args, separator=None):
     paths = [path for name in file_names(names) for path in find_files(name)]
     if not {file_format(path)[0] for path in paths} <= set(FILE_FORMATS):
         raise UserError(f"{subject}: the formats are {', '.join(FILE_FORMATS)}")
-    column, full = data_args.text_column_name, []
+    settings = {"column": data_args.text_column_name, "separator": separator, "token": model_args.token}
+    columns = {}
     for path in paths:
-        first = next(read_texts(path, column, separator, model_args.token), None)
-        if first is None:
-            logger.warning(f"{path} is empty.")
+        if first := next(read_texts(path, **settings), None):
+            columns[path], _ = first
         else:
-            column, _ = first
-            full.append(path)
+            logger.warning(f"{path} is empty.")
+    full = list(columns)
     if not full:
         raise UserError(f"{subject}: no text")
+    column = columns[full[0]]
+    for path in full:
+        if columns[path] != column:
+            cause = f"the text column of {full[0]} is {column}, that of {path} is {columns[path]}"
+            raise UserError(f"{subject}: {cause}; see --text_column_name")
     logger.info(f"{subject}: {file_format(full[0])[0]}, text column: {column}")
-    read = functools.partial(read_tables, column=column, separator=separator, token=model_args.token)
+    read = functools.partial(read_tables, **settings)
     if data_args.streaming:
         return datasets.IterableDataset(ArrowExamplesIterable(read, {"paths": full}), split=datasets.NamedSplit(split))
     with user_errors(subject):
@@ -788,6 +799,8 @@ def read_texts(path, column, separator=None, token=None):
         try:
             for number, row in rows:
                 name = choose_text_column(row, column) if name is None else name
+                if not column and name != "text" and "text" in row:
+                    raise InputError(f"line {number}: a column text, which the first line lacks (null, if empty)")
                 text = "" if row.get(name) is None else row[name]
                 if not isinstance(text, str):
                     raise InputError(f"line {number}: the column {name} holds {text!s:.40}, not text")
@@ -1023,11 +1036,22 @@ def find_word_starts(tokenizer):
     return word_starts
 
 
+def find_word(tokenizer):
+    """Return a text that has tokens of its own: "a", or else what the vocabulary has (some drop unknown letters)."""
+    special = {*tokenizer.all_special_ids}
+
+    def has_tokens(text):
+        return bool({*tokenizer(text, add_special_tokens=False)["input_ids"]} - special)
+
+    return "a" if has_tokens("a") else next(filter(has_tokens, sorted(tokenizer.get_vocab())), "a")
+
+
 def make_encoder(tokenizer, data_args, max_seq_length):
     """Return `encode_texts` for the settings of a run."""
     tokenizer = copy.deepcopy(tokenizer)
+    word = find_word(tokenizer)
     # These calls also reset the backend to the settings of the tokenizer, whatever earlier calls have left there.
-    text, body = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    text, body = (tokenizer(word, add_special_tokens=special)["input_ids"] for special in (True, False))
     place = next(i for i in range(len(text)) if text[i : i + len(body)] == body)
     id_type = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "int32"
     return functools.partial(
@@ -1815,7 +1839,8 @@ def find_sparse_start(model, collator, lengths, training):
     """
     config, found = copy.deepcopy(model.config), None
     set_dropout(config, 0.0)
-    trial = AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    # The attention of the run may need a GPU.
+    trial = AutoModelForMaskedLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     trial.load_state_dict(model.state_dict())
     trial.train(training)
     for start in ("encoder", "layer"):
@@ -1866,7 +1891,9 @@ class MaskedLMTrainer(Trainer):
     def __init__(self, *args, sparse_start, settings, **kwargs):
         super().__init__(*args, compute_metrics=self.metrics_of_sums, **kwargs)
         self.model_accepts_loss_kwargs = True  # `compute_loss` gets the number of masked tokens of the step.
-        if sparse_start and (self.args.gradient_checkpointing or self.args.fsdp):
+        # A model's configuration can turn it on, too.
+        checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
+        if sparse_start and (self.args.gradient_checkpointing or checkpointing or self.args.fsdp):
             sparse_start = "encoder"  # Layers may run again in the backward pass, without positions; FSDP wraps them.
         self.sparse_start = None if self.args.n_gpu > 1 else sparse_start  # DataParallel splits the batch.
         self.head = SparseHead(self.model, self.sparse_start) if self.sparse_start else None
@@ -1945,7 +1972,8 @@ class MaskedLMTrainer(Trainer):
             logs["train_loss"] = self.losses.mean()
         elif self.args.disable_tqdm and self.args.should_log and self.state.max_steps:
             log_report(result_names(logs), self.state.global_step, self.state.max_steps, seconds_per_step)
-        super().log(logs, *args, **kwargs)
+        with write_errors(self.args.output_dir, "the reports"):
+            super().log(logs, *args, **kwargs)
         self.state.log_history[-1] = result_names(self.state.log_history[-1])
 
     def create_accelerator_and_postprocess(self):
@@ -2058,6 +2086,11 @@ class MaskedLMTrainer(Trainer):
         """Write the results of a split; a kill leaves no incomplete file."""
         if self.is_world_process_zero():
             save_results(self.args.output_dir, split, metrics)
+
+    def save_state(self):
+        """Write `trainer_state.json` to the output folder."""
+        with write_errors(self.args.output_dir, "the results"):
+            super().save_state()
 
     def create_model_card(self, *args, **kwargs):
         """Leave the card to `write_card`."""
@@ -2254,11 +2287,12 @@ def find_checkpoint(model_args, data_args, training_args):
         raise UserError(f"{checkpoint} is already past --max_steps {args.max_steps}")
     check_output_dir(args, own)
     flags = flag_paths((model_args, data_args, args))
-    args.old_run = find_old_run(folder, checkpoint, own)
+    args.old_run = find_old_run(args, checkpoint)
     args.named_checkpoints = [path for path in checkpoint_folders(folder) if os.path.realpath(path) in flags]
-    for path in args.old_run:
+    unfinished = [path for path, state in checkpoint_folders(folder).items() if state is None]
+    for path in (*args.old_run, *unfinished):
         if flag := flags.get(os.path.realpath(path)):
-            cause = f"the run would delete {path}, which --{flag} reads"
+            cause = f"the run would replace {path}, which --{flag} reads"
             raise UserError(f"--output_dir {folder}: {cause}; use another folder")
     return checkpoint
 
@@ -2290,11 +2324,12 @@ def check_output_dir(args, own):
             raise UserError(f"--output_dir {folder}: {name} is not a checkpoint of these scripts; use another folder")
 
 
-def find_old_run(folder, checkpoint, own):
-    """Return what a run replaces in a folder: results and, unless it continues there, charts and checkpoints."""
+def find_old_run(args, checkpoint):
+    """Return what a run replaces in its folder: results and, with `--overwrite_output_dir`, charts and checkpoints."""
+    folder = args.output_dir
     paths = [os.path.join(folder, name) for name in (*RESULTS, "training_args.bin")]
     found = [path for path in paths if os.path.isfile(path)]
-    if own:
+    if not args.overwrite_output_dir:
         return found
     for charts in ("logs", "runs", "runs/*"):
         found += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
@@ -2339,12 +2374,20 @@ def follow_umask(folder):
         shutil.copymode(os.path.join(folder, "config.json"), path)
 
 
+def log_metrics(split, metrics):
+    """Log the metrics of a split, one a line."""
+    logger.info(f"***** {split} metrics *****")
+    for name, value in sorted(metrics.items()):
+        logger.info(f"  {name:<26} {value:.6g}")
+
+
 def save_results(folder, split, metrics):
     """Write the results of a split, and add them to `all_results.json`."""
-    write_json(os.path.join(folder, f"{split}_results.json"), metrics)
     path = os.path.join(folder, "all_results.json")
     everything = read_json_object(path) if os.path.exists(path) else {}
-    write_json(path, everything | metrics)
+    with write_errors(folder, "the results"):
+        write_json(os.path.join(folder, f"{split}_results.json"), metrics)
+        write_json(path, everything | metrics)
 
 
 def training_results(args, metrics):
@@ -2628,7 +2671,8 @@ def log_devices(args):
         logger.info(f"{args.dataloader_num_workers} loader workers make the batches; see --dataloader_num_workers.")
     if args.n_gpu > 1:
         command = f"torchrun --nproc_per_node {args.n_gpu} {os.path.basename(sys.argv[0])} ..."
-        logger.warning(f"One process for {args.n_gpu} GPUs is slow and needs memory for all logits: use `{command}`.")
+        cost = "is slow, needs memory for all logits, and ignores --bf16, --fp16 and --torch_compile"
+        logger.warning(f"One process for {args.n_gpu} GPUs {cost}: use `{command}`.")
 
 
 def train(trainer, checkpoint, signals):
@@ -2650,7 +2694,7 @@ def train(trainer, checkpoint, signals):
     metrics = training_results(args, {**metrics, "train_samples": len(trainer.train_dataset)})
     last = trainer.state.log_history[-1]
     last.update({name: metrics[name] for name in last if name in metrics})
-    trainer.log_metrics("train", metrics)
+    log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     return metrics
@@ -2662,7 +2706,7 @@ def evaluate(trainer):
     for name in ("eval_model_preparation_time",) if trainer.args.do_train else ("eval_model_preparation_time", "epoch"):
         metrics.pop(name, None)  # Without training, the Trainer reports epoch 0.
     metrics["eval_samples"] = len(trainer.eval_dataset)
-    trainer.log_metrics("eval", metrics)
+    log_metrics("eval", metrics)
     trainer.save_metrics("eval", metrics)
     if trainer.args.do_train:
         trainer.save_state()
@@ -2687,11 +2731,16 @@ def show_predictions(trainer):
 
 
 def publish(trainer, groups, metrics):
-    """Write the model card and, with `--push_to_hub`, upload the model, its card and the results."""
-    if trainer.args.should_save:
+    """Write the model card and, with `--push_to_hub`, upload the model, its card and the results.
+
+    The card of a finished run stays as it is: nothing was trained with the flags of this command.
+    """
+    args, trained = trainer.args, trainer.state.global_step > trainer.plan.first_step
+    if args.should_save and (trained or not os.path.exists(os.path.join(args.output_dir, "README.md"))):
         write_card(trainer, groups, trainer.state.log_history, metrics)
-    if trainer.args.push_to_hub:
-        with user_errors(f"--push_to_hub failed; the model is saved in {trainer.args.output_dir}"):
+    if args.push_to_hub:
+        trainer.save_model = lambda **kwargs: None  # It is saved, and `--bf16_full_eval` rounds the one in memory.
+        with user_errors(f"--push_to_hub failed; the model is saved in {args.output_dir}"):
             trainer.push_to_hub()
 
 
@@ -2714,22 +2763,48 @@ def main_process_first(args):
 
 @contextlib.contextmanager
 def ending_together(args, signals):
-    """Report in one line that another process has ended, which a process notices when it waits for the others."""
+    """After an error, end the process at once, so that the others end too.
+
+    Reports in one line that another process has ended, which a process notices when it waits for the others.
+    """
     try:
         yield
     except Exception as error:
-        if args.world_size > 1 and is_lost_connection(error):
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            raise
+        if is_lost_connection(error):
             if signals.number:  # The other process has, too.
                 signals.stop(signals.number, "; another process has ended, so no checkpoint is saved")
-            raise UserError("another process of this run has ended; see its error") from error
-        raise
+            error = UserError("another process of this run has ended; see its error")
+        end_process(error)
+
+
+def end_process(error):
+    """Report an error and end the process without leaving the group: on GPUs, that would wait for the others."""
+    status = 1
+    try:
+        with exit_on_user_error():
+            raise error
+    except SystemExit as stop:
+        status = stop.code
+    except Exception:
+        traceback.print_exc()
+    end_workers()
+    with contextlib.suppress(OSError):  # The reader of a pipe may have gone.
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def end_workers():
+    """End the loader workers, which ignore SIGTERM."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def leave_process_group():
     """End loader workers and the process group, whose threads would abort the process while Python exits."""
-    ignore_signals()  # Python would wait forever for workers that are left.
-    for worker in multiprocessing.active_children():
-        worker.kill()  # It ignores SIGTERM.
+    ignore_signals()
+    end_workers()  # Python would wait forever for those that are left.
     gc.collect()  # Models wrapped for the group would keep it alive.
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

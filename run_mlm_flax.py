@@ -520,6 +520,10 @@ def check_args(model, data, training):
         (training.max_steps > 0 or training.max_steps == -1, f"--max_steps {training.max_steps} is not above 0 or -1"),
         (training.do_train or not training.push_to_hub, "--push_to_hub needs --do_train"),
         (
+            training.do_train or not training.resume_from_checkpoint,
+            "--resume_from_checkpoint needs --do_train; a checkpoint to evaluate is --model_name_or_path",
+        ),
+        (
             not (resumes and training.overwrite_output_dir),
             "use either --resume_from_checkpoint true or --overwrite_output_dir, which some configurations set",
         ),
@@ -648,8 +652,10 @@ def load_named_dataset(model_args, data_args):
         files = sorted(glob.glob(os.path.join(glob.escape(name), "**"), recursive=True))
         # The sizes become part of the cache key, which already has the modification times.
         options["description"] = " ".join(str(os.path.getsize(path)) for path in files if os.path.isfile(path))
-    if os.path.exists(os.path.join(name, "state.json")):  # One split, as `Dataset.save_to_disk` writes it.
-        options["data_files"] = {"train": os.path.join(glob.escape(name), "data-*.arrow")}
+    state = os.path.join(name, "state.json")
+    if os.path.exists(state):  # One split, as `Dataset.save_to_disk` writes it; it leaves files of an earlier one.
+        files = [file["filename"] for file in read_json_object(state)["_data_files"]]
+        options["data_files"] = {"train": [os.path.join(glob.escape(name), glob.escape(file)) for file in files]}
         name = "arrow"
     elif os.path.isdir(name):
         config = datasets.load_dataset_builder(name, config_name, cache_dir=model_args.cache_dir).config
@@ -708,18 +714,23 @@ def load_files(split, names, model_args, data_args, separator=None):
     paths = [path for name in file_names(names) for path in find_files(name)]
     if not {file_format(path)[0] for path in paths} <= set(FILE_FORMATS):
         raise UserError(f"{subject}: the formats are {', '.join(FILE_FORMATS)}")
-    column, full = data_args.text_column_name, []
+    settings = {"column": data_args.text_column_name, "separator": separator, "token": model_args.token}
+    columns = {}
     for path in paths:
-        first = next(read_texts(path, column, separator, model_args.token), None)
-        if first is None:
-            logger.warning(f"{path} is empty.")
+        if first := next(read_texts(path, **settings), None):
+            columns[path], _ = first
         else:
-            column, _ = first
-            full.append(path)
+            logger.warning(f"{path} is empty.")
+    full = list(columns)
     if not full:
         raise UserError(f"{subject}: no text")
+    column = columns[full[0]]
+    for path in full:
+        if columns[path] != column:
+            cause = f"the text column of {full[0]} is {column}, that of {path} is {columns[path]}"
+            raise UserError(f"{subject}: {cause}; see --text_column_name")
     logger.info(f"{subject}: {file_format(full[0])[0]}, text column: {column}")
-    read = functools.partial(read_tables, column=column, separator=separator, token=model_args.token)
+    read = functools.partial(read_tables, **settings)
     if data_args.streaming:
         return datasets.IterableDataset(ArrowExamplesIterable(read, {"paths": full}), split=datasets.NamedSplit(split))
     with user_errors(subject):
@@ -810,6 +821,8 @@ def read_texts(path, column, separator=None, token=None):
         try:
             for number, row in rows:
                 name = choose_text_column(row, column) if name is None else name
+                if not column and name != "text" and "text" in row:
+                    raise InputError(f"line {number}: a column text, which the first line lacks (null, if empty)")
                 text = "" if row.get(name) is None else row[name]
                 if not isinstance(text, str):
                     raise InputError(f"line {number}: the column {name} holds {text!s:.40}, not text")
@@ -1045,11 +1058,22 @@ def find_word_starts(tokenizer):
     return word_starts
 
 
+def find_word(tokenizer):
+    """Return a text that has tokens of its own: "a", or else what the vocabulary has (some drop unknown letters)."""
+    special = {*tokenizer.all_special_ids}
+
+    def has_tokens(text):
+        return bool({*tokenizer(text, add_special_tokens=False)["input_ids"]} - special)
+
+    return "a" if has_tokens("a") else next(filter(has_tokens, sorted(tokenizer.get_vocab())), "a")
+
+
 def make_encoder(tokenizer, data_args, max_seq_length):
     """Return `encode_texts` for the settings of a run."""
     tokenizer = copy.deepcopy(tokenizer)
+    word = find_word(tokenizer)
     # These calls also reset the backend to the settings of the tokenizer, whatever earlier calls have left there.
-    text, body = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    text, body = (tokenizer(word, add_special_tokens=special)["input_ids"] for special in (True, False))
     place = next(i for i in range(len(text)) if text[i : i + len(body)] == body)
     id_type = "uint16" if max(tokenizer.get_vocab().values()) < 2**16 else "int32"
     return functools.partial(
@@ -1665,7 +1689,7 @@ class Part(nn.Module):
         if rate and self.has_rng("dropout"):
             attended = dropped_attention(query, key, value, mask, self.make_rng("dropout"), rate)
         else:
-            fused = self.attention if length % 2 == 0 and width % 8 == 0 else None  # cuDNN's limits.
+            fused = self.attention if length % 2 == 0 and width in range(8, 129, 8) else None  # cuDNN's limits.
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, length)) if fused else mask
             attended = jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=fused)
         return attended.reshape(*attended.shape[:2], -1)
@@ -2438,11 +2462,12 @@ def find_checkpoint(model_args, data_args, training_args):
         raise UserError(f"{checkpoint} is already past --max_steps {args.max_steps}")
     check_output_dir(args, own)
     flags = flag_paths((model_args, data_args, args))
-    args.old_run = find_old_run(folder, checkpoint, own)
+    args.old_run = find_old_run(args, checkpoint)
     args.named_checkpoints = [path for path in checkpoint_folders(folder) if os.path.realpath(path) in flags]
-    for path in args.old_run:
+    unfinished = [path for path, state in checkpoint_folders(folder).items() if state is None]
+    for path in (*args.old_run, *unfinished):
         if flag := flags.get(os.path.realpath(path)):
-            cause = f"the run would delete {path}, which --{flag} reads"
+            cause = f"the run would replace {path}, which --{flag} reads"
             raise UserError(f"--output_dir {folder}: {cause}; use another folder")
     return checkpoint
 
@@ -2474,11 +2499,12 @@ def check_output_dir(args, own):
             raise UserError(f"--output_dir {folder}: {name} is not a checkpoint of these scripts; use another folder")
 
 
-def find_old_run(folder, checkpoint, own):
-    """Return what a run replaces in a folder: results and, unless it continues there, charts and checkpoints."""
+def find_old_run(args, checkpoint):
+    """Return what a run replaces in its folder: results and, with `--overwrite_output_dir`, charts and checkpoints."""
+    folder = args.output_dir
     paths = [os.path.join(folder, name) for name in (*RESULTS, "training_args.bin")]
     found = [path for path in paths if os.path.isfile(path)]
-    if own:
+    if not args.overwrite_output_dir:
         return found
     for charts in ("logs", "runs", "runs/*"):
         found += glob.glob(os.path.join(glob.escape(folder), charts, "events.out.tfevents.*"))
@@ -2523,12 +2549,20 @@ def follow_umask(folder):
         shutil.copymode(os.path.join(folder, "config.json"), path)
 
 
+def log_metrics(split, metrics):
+    """Log the metrics of a split, one a line."""
+    logger.info(f"***** {split} metrics *****")
+    for name, value in sorted(metrics.items()):
+        logger.info(f"  {name:<26} {value:.6g}")
+
+
 def save_results(folder, split, metrics):
     """Write the results of a split, and add them to `all_results.json`."""
-    write_json(os.path.join(folder, f"{split}_results.json"), metrics)
     path = os.path.join(folder, "all_results.json")
     everything = read_json_object(path) if os.path.exists(path) else {}
-    write_json(path, everything | metrics)
+    with write_errors(folder, "the results"):
+        write_json(os.path.join(folder, f"{split}_results.json"), metrics)
+        write_json(path, everything | metrics)
 
 
 def training_results(args, metrics):
@@ -2771,14 +2805,16 @@ def resume_run(dataset, args, settings, checkpoint):
 
 def connect_processes(data_args, args):
     """Join the other processes of the run: as the flags say, or as JAX finds them on SLURM, Open MPI or a TPU pod."""
-    if jax.distributed.is_initialized() or (args.num_processes == 1 and not args.coordinator_address):
+    tasks = args.num_processes or os.environ.get("SLURM_NTASKS") or os.environ.get("OMPI_COMM_WORLD_SIZE")
+    if jax.distributed.is_initialized() or (tasks in (1, "1") and not args.coordinator_address):
         return
-    place = args.coordinator_address, args.num_processes, args.process_id
+    place, detection = (args.coordinator_address, args.num_processes, args.process_id), None
     if None not in place:
         meet_processes(*place)
+        detection = "deactivate"  # With SLURM's variables, JAX would use one GPU in each process.
     jax.config.update("jax_enable_preemption_service", False)  # It would catch SIGTERM instead of `StopSignals`.
     try:
-        jax.distributed.initialize(*place, shutdown_timeout_seconds=60)
+        jax.distributed.initialize(*place, cluster_detection_method=detection, shutdown_timeout_seconds=60)
     except (ValueError, RuntimeError) as error:
         # There is no cluster, or this is not the first run of this interpreter.
         alone = "coordinator_address should" in str(error) or "must be called before" in str(error)
@@ -2946,8 +2982,10 @@ class MaskedLMTrainer:
         self.apply_fn = functools.partial(masked_logits, model=model)
         self.eval_step = jax.pmap(functools.partial(eval_step, apply_fn=self.apply_fn), "batch")
         self.largest = jax.pmap(lambda values: lax.pmax(values, "batch"), "batch")
-        draws = self.args.should_log and EventFileWriter
-        self.writer = EventFileWriter(os.path.join(self.args.output_dir, "logs")) if draws else None
+        self.writer = None
+        if self.args.should_log and EventFileWriter:
+            with write_errors(self.args.output_dir, "the reports"):
+                self.writer = EventFileWriter(os.path.join(self.args.output_dir, "logs"))
         if self.args.push_to_hub and self.args.should_log:
             create_repository(self.args)  # Fails before the training, not after it.
         # All that changes during a run.
@@ -2984,7 +3022,8 @@ class MaskedLMTrainer:
             for name, value in logs.items():
                 chart = "eval" if name.startswith("eval_") or name == "perplexity" else "train"
                 values.append(Summary.Value(tag=f"{chart}/{name.removeprefix('eval_')}", simple_value=value))
-            self.writer.add_event(Event(step=self.step, wall_time=time.time(), summary=Summary(value=values)))
+            with write_errors(self.args.output_dir, "the reports"):
+                self.writer.add_event(Event(step=self.step, wall_time=time.time(), summary=Summary(value=values)))
 
     def progress_bar(self, items, name, **settings):
         """Return the items, with a progress bar in the main process unless `--disable_tqdm`."""
@@ -3180,6 +3219,7 @@ class MaskedLMTrainer:
         if not self.args.should_log:
             return
         config = copy.deepcopy(self.model.config)
+        config.dtype = "float32"  # That of the weights, whatever the model was loaded from.
         config.architectures = [f"{type(config).__name__.removesuffix('Config')}ForMaskedLM"]
         with write_errors(self.args.output_dir, "the model"):
             config.save_pretrained(folder)
@@ -3217,12 +3257,11 @@ class MaskedLMTrainer:
         folder = self.args.output_dir
         if not self.args.should_log:
             return
-        logger.info(f"***** {split} metrics *****")
-        for name, value in sorted(metrics.items()):
-            logger.info(f"  {name:<26} {value:.6g}")
+        log_metrics(split, metrics)
         save_results(folder, split, metrics)
         if self.args.do_train:
-            self.save_state(folder)
+            with write_errors(folder, "the results"):
+                self.save_state(folder)
 
     def show_predictions(self):
         """Log the predictions for a few samples of the validation data."""
@@ -3230,11 +3269,15 @@ class MaskedLMTrainer:
         log_predictions(self.eval_dataset, self.data_collator, predict)
 
     def publish(self, metrics):
-        """Have the main process write the model card and, with `--push_to_hub`, upload the files of the model."""
-        args = self.args
+        """Have the main process write the model card and, with `--push_to_hub`, upload the files of the model.
+
+        The card of a finished run stays as it is: nothing was trained with the flags of this command.
+        """
+        args, trained = self.args, self.step > self.plan.first_step
         if not args.should_log:
             return
-        write_card(self, self.groups, self.log_history, metrics)
+        if trained or not os.path.exists(os.path.join(args.output_dir, "README.md")):
+            write_card(self, self.groups, self.log_history, metrics)
         if args.push_to_hub:
             with user_errors(f"--push_to_hub failed; the model is saved in {args.output_dir}"):
                 HfApi(token=args.hub_token).upload_folder(

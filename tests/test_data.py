@@ -13,6 +13,7 @@ import numpy as np
 import pandas
 import pyarrow as pa
 import pytest
+import tokenizers
 import transformers
 from conftest import (
     INSTALLED,
@@ -174,11 +175,27 @@ def test_empty_files_are_left_out(script, tmp_path, caplog, extension, streaming
         read(script, empty, validation_file=full, **more)
 
 
+def test_a_tokenizer_that_drops_latin_letters(script, tmp_path):
+    lines = ["αβγ αβ", "γαβ"]
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.train_from_iterator(lines, tokenizers.trainers.BpeTrainer(special_tokens=["[PAD]", "<s>", "</s>"]))
+    backend.post_processor = tokenizers.processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 1), ("</s>", 2)])
+    names = {"pad_token": "[PAD]", "cls_token": "<s>", "sep_token": "</s>"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    assert not tokenizer("a", add_special_tokens=False)["input_ids"]
+    path = write_lines(tmp_path / "a.txt", lines)
+    found = rows(tokenize(script, tokenizer, train_file=path, validation_file=path, line_by_line="true")["train"])
+    assert found == [tokenizer(line)["input_ids"] for line in lines]
+    assert all(row[0] == 1 and row[-1] == 2 for row in found)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_saved_data_set_is_read(script, tmp_path, streaming):
     lines, more = {"train": sentences(40), "validation": sentences(3, seed=1)}, {"streaming": True} if streaming else {}
     splits = {split: datasets.Dataset.from_dict({"text": part}) for split, part in lines.items()}
-    splits["train"].save_to_disk(tmp_path / "one[1]", num_shards=2)
+    datasets.Dataset.from_dict({"text": ["old"] * 9}).save_to_disk(tmp_path / "one[1]", num_shards=3)
+    splits["train"].save_to_disk(tmp_path / "one[1]", num_shards=2)  # Leaves the files of the former one.
     datasets.load_from_disk(tmp_path / "one[1]").map(lambda row: {"text": ""})  # Leaves a file in the folder.
     datasets.DatasetDict(splits).save_to_disk(tmp_path / "two")
 

@@ -458,6 +458,11 @@ DATA = [
 DECAY = {"lr_scheduler_type": "warmup_stable_decay", "warmup_steps": 0}
 ADAPTATION = [
     Mistake(
+        "a checkpoint without training",
+        lambda place: {"do_train": "false", "do_eval": True, "resume_from_checkpoint": "checkpoint-3"},
+        ["--resume_from_checkpoint needs --do_train", "--model_name_or_path"],
+    ),
+    Mistake(
         "no new tokens", lambda place: {"new_tokens": "none.txt"}, ["--new_tokens none.txt: No such file or directory"]
     ),
     Mistake(

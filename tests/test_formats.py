@@ -135,7 +135,6 @@ def test_a_column_called_references_is_a_column(script, tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": 3}\n', "line 2: the column text holds 3, not text"),
         ("a.csv", b"n,text\n1,a\n2,b, c\n", "line 3: 3 fields, but the header has 2"),
         ("a.tsv", b'n\ttext\n1\t"a\n', "line 2: unexpected end of data"),
-        ("a.jsonl", b'{"title": "a"}\n', "--text_column_name text is not one of the columns title"),
     ],
 )
 def test_what_cannot_be_read_names_the_file_and_the_line(script, tmp_path, name, content, message, streaming):
@@ -143,6 +142,25 @@ def test_what_cannot_be_read_names_the_file_and_the_line(script, tmp_path, name,
     (tmp_path / name).write_bytes(content)
     with pytest.raises(script.UserError, match=rf"{tmp_path / name}: {message}"):
         read(script, good, tmp_path / name, **({"streaming": True} if streaming else {}))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_the_text_column_is_the_same_in_all_lines_and_files(script, tmp_path, streaming):
+    texts, titles, late = [tmp_path / name for name in ("texts.csv", "titles.csv", "late.jsonl")]
+    texts.write_text("title,text\na,the baker\n")
+    titles.write_text("title,body\na,the sea\n")
+    late.write_text('{"id": "7"}\n{"id": "8", "text": "a dog"}\n')
+    more = {"streaming": True} if streaming else {}
+    for one, other in ((texts, titles), (titles, texts)):
+        with pytest.raises(
+            script.UserError, match=rf"text column of {one} is .*, that of {other} is .*text_column_name"
+        ):
+            read(script, one, other, **more)
+    with pytest.raises(script.UserError, match=rf"{late}: line 2: a column text, which the first line lacks"):
+        read(script, late, **more)
+    assert read(script, texts, titles, text_column_name="title", **more) == ["a", "a"]
+    late.write_text('{"id": "7", "text": null}\n{"id": "8", "text": "a dog"}\n')
+    assert read(script, late, **more) == ["", "a dog"]
 
 
 def test_the_log_names_file_format_and_column(script, tmp_path, caplog):

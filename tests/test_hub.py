@@ -158,6 +158,7 @@ def written_files(folder):
 @pytest.mark.parametrize("name", BOTH)
 def test_the_hub_gets_what_the_run_wrote(hub, push, name, tmp_path):
     folder, named = tmp_path / "my-model", {"hub_model_id": "group/named", "hub_private_repo": "true", "do_eval": True}
+    named |= {"bf16_full_eval": True} if name == "run_mlm" else {}  # It converts the model in memory.
     hub.refused, private = "/commit/", {"_lock"}
     first = push(name, **named)
     check_error(first, ["--push_to_hub", str(folder)])
@@ -176,6 +177,7 @@ def test_the_hub_gets_what_the_run_wrote(hub, push, name, tmp_path):
     assert set(hub.files) == {"group/named"}
     assert files == {path: content for path, content in written_files(folder).items() if path not in private}
     assert files["model.safetensors"] == weights
+    assert b'"F32"' in weights and b"BF16" not in weights
     assert {"model.safetensors", "config.json", "README.md", "tokenizer.json", "all_results.json"} <= files.keys()
     assert any("events" in path for path in files)
     assert set(hub.large.values()) == {weights}

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 import run_mlm_flax
 
 STEPS = 4
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "here", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
 # Counts the samples that a process collates, and names its calls of the encoder; STOP_AT is the step of a signal, FAULT
 # what goes wrong.
 WATCHED = """
@@ -355,6 +356,23 @@ def test_a_run_meets_the_others_before_jax_connects_it(material, tmp_path, monke
         run_mlm_flax.main(command(material, tmp_path / "output", 4, **place))
     *_, line = capsys.readouterr().err.splitlines()
     assert f"--coordinator_address {place['coordinator_address']}: process 0 did not answer in 1 seconds" in line
+
+
+def test_a_single_task_of_slurm_is_a_single_process(material, monkeypatch):
+    for name, value in {**SLURM, "SLURM_NTASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(run_mlm_flax.jax.distributed, "initialize", lambda *args, **kwargs: pytest.fail("connected"))
+    run_mlm_flax.connect_processes(*run_mlm_flax.parse_args(command(material, "output", 4))[1:])
+
+
+def test_a_process_with_an_address_keeps_its_devices_under_slurm(material):
+    program = "import sys, jax, run_mlm_flax as script; script.connect_processes(*script.parse_args(sys.argv[1:])[1:])"
+    program += "; print(jax.process_count(), jax.config.values['jax_cuda_visible_devices'])"
+    place = {"coordinator_address": f"127.0.0.1:{free_port()}", "num_processes": 1, "process_id": 0}
+    line = [sys.executable, "-c", program, *command(material, "output", 4, **place)]
+    environment = {**os.environ, **SLURM, "SLURM_NTASKS": "2", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["1", "all"], done.stderr
 
 
 def test_a_visitor_is_not_a_process(monkeypatch):

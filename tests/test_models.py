@@ -1,6 +1,7 @@
 """Models of every kind: loaded, made from scratch, resized, saved, and the same in both frameworks."""
 
 import importlib
+import json
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from conftest import (
     make_tokenizer,
     read_json,
     sentences,
+    training_flags,
     write_lines,
 )
 from flax import serialization
@@ -245,6 +247,17 @@ def test_a_hub_name_is_found_in_the_cache_without_a_network(script, tmp_path):
     make_model(cached / "snapshots" / ("0" * 40), **SMALL)
     train_two_steps(script, tmp_path / "output", model_name_or_path="group/tiny", cache_dir=tmp_path / "hub")
     assert (tmp_path / "output" / "model.safetensors").exists()
+
+
+def test_the_saved_configuration_names_the_type_of_the_weights(script, text_files, tmp_path):
+    model = Path(make_model(tmp_path / "model"))
+    config = read_json(model, "config.json") | {"dtype": "bfloat16"}
+    (model / "config.json").write_text(json.dumps(config))
+    settings = {"max_steps": 1, "save_steps": 1, "do_eval": "false"}
+    script.main(training_flags(model, text_files, tmp_path / "output", **settings))
+    for folder in (tmp_path / "output", tmp_path / "output" / "checkpoint-1"):
+        assert read_json(folder, "config.json")["dtype"] == "float32"
+        assert {str(value.dtype) for value in load_file(folder / "model.safetensors").values()} == {"float32"}
 
 
 def test_a_new_model_trains(script, tokenizer_folder, tmp_path):

@@ -101,6 +101,19 @@ def test_a_folder_with_something_of_the_user_is_not_empty(script, model_folder, 
     assert snapshot(output) == before
 
 
+def test_a_new_run_deletes_nothing(script, model_folder, text_files, tmp_path):
+    output = tmp_path / "output"
+    make_model(output / "checkpoint-100")
+    charts = [output / path / "events.out.tfevents.mine" for path in ("runs", "runs/mine", "logs")]
+    for path in charts:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    before = snapshot(output)
+    script.main(training_flags(model_folder, text_files, output, **SHORT))
+    assert before.items() <= snapshot(output).items()
+    assert all(path.exists() for path in charts)
+
+
 @pytest.mark.parametrize("changes", [{}, OVERWRITE], ids=["new", "overwrite"])
 @pytest.mark.parametrize("kind", ["link", "file"])
 def test_what_stands_in_the_place_of_a_checkpoint(script, model_folder, text_files, tmp_path, capfd, kind, changes):
@@ -193,7 +206,7 @@ def test_an_overwriting_run_may_read_from_folders_that_are_not_its_own(script, t
 
 
 @pytest.mark.parametrize("flag", ["model_name_or_path", "tokenizer_name", "train_file", "validation_file"])
-def test_a_flag_reads_what_the_run_would_delete(script, model_folder, text_files, tmp_path, output, capfd, flag):
+def test_a_flag_reads_what_the_run_would_replace(script, model_folder, text_files, tmp_path, output, capfd, flag):
     (tmp_path / "link").symlink_to(output)
     read = tmp_path / "link" / "checkpoint-6"
     if flag.endswith("file"):
@@ -202,7 +215,7 @@ def test_a_flag_reads_what_the_run_would_delete(script, model_folder, text_files
     before = snapshot(output)
     arguments = training_flags(model_folder, text_files, output, **OVERWRITE)
     line = error_line(script, [*arguments, f"--{flag}", str(read)], capfd)
-    assert f"--output_dir {output}: " in line and f"delete {output / 'checkpoint-6'}, which --{flag} reads" in line
+    assert f"--output_dir {output}: " in line and f"replace {output / 'checkpoint-6'}, which --{flag} reads" in line
     assert snapshot(output) == before
 
 
@@ -210,7 +223,7 @@ def test_a_model_without_state_that_a_new_run_reads(script, text_files, tmp_path
     model = Path(make_model(tmp_path / "output" / "checkpoint-100"))
     before = snapshot(model)
     line = error_line(script, training_flags(model, text_files, tmp_path / "output"), capfd)
-    assert f"delete {model}, which --model_name_or_path reads" in line
+    assert f"replace {model}, which --model_name_or_path reads" in line
     assert snapshot(model) == before
 
 
@@ -261,6 +274,12 @@ def test_what_cannot_be_deleted_costs_no_step(script, model_folder, text_files, 
     assert f"{output / 'checkpoint-12'} cannot be deleted: Permission denied" in caplog.text  # Of the old run.
     assert f"{output / 'checkpoint-1'} cannot be deleted: Permission denied" in caplog.text  # Above the limit.
     assert read_json(output, "trainer_state.json")["global_step"] == 3
+
+
+def test_results_that_cannot_be_written_are_one_line(script, text_files, output, capfd):
+    (output / "eval_results.json.tmp").mkdir()
+    line = error_line(script, training_flags(output, text_files, output, do_train="false"), capfd)
+    assert f"--output_dir {output}: the results cannot be written" in line
 
 
 def test_results_are_complete_or_those_of_before(script, text_files, output, monkeypatch):

@@ -187,6 +187,17 @@ def test_a_card_and_the_arguments_make_the_run_again(script, model_folder, text_
     assert "- train: train.txt, " in card and "--train_file train.txt" in card and str(tmp_path) not in card
 
 
+def test_a_finished_run_keeps_its_card(script, model_folder, text_files, tmp_path):
+    written = [tmp_path / "output" / name for name in ("README.md", "arguments.json")]
+    script.main(card_flags(model_folder, text_files, tmp_path / "output"))
+    before = [path.read_bytes() for path in written]
+    script.main(card_flags(model_folder, text_files, tmp_path / "output", learning_rate=0.5, mlm_probability=0.4))
+    assert [path.read_bytes() for path in written] == before
+    written[0].unlink()  # As if the run had been killed before it wrote the card.
+    script.main(card_flags(model_folder, text_files, tmp_path / "output"))
+    assert "## Settings" in written[0].read_text(encoding="utf-8")
+
+
 def test_an_evaluation_writes_no_card(script, model_folder, text_files, tmp_path):
     script.main(card_flags(model_folder, text_files, tmp_path / "output", do_train="false"))
     assert not (tmp_path / "output" / "README.md").exists()

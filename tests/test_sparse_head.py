@@ -127,6 +127,19 @@ def test_pytorch_stays_dense_where_the_head_needs_all_positions(tmp_path, caplog
     assert caplog.messages[-1] == f"BertForMaskedLM {DENSE}"
 
 
+def test_the_head_is_tried_without_the_attention_of_a_gpu(tmp_path):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("only for CUDA")
+
+    transformers.AttentionInterface.register("gpu_only", refuse)
+    transformers.AttentionMaskInterface.register("gpu_only", transformers.masking_utils.eager_mask)
+    trainer = build(run_mlm, make_model(tmp_path / "model"), tmp_path)
+    trainer.model.set_attn_implementation("gpu_only")
+    assert run_mlm.find_sparse_start(trainer.model, trainer.data_collator, {LENGTH}, True) == "layer"
+    with pytest.raises(RuntimeError, match="only for CUDA"):
+        trainer.model(torch.ones(1, 4, dtype=torch.long))
+
+
 def test_dense_head_is_a_flag(script, tmp_path):
     run = build(script, make_model(tmp_path / "model"), tmp_path, "--dense_head")
     assert not (run.sparse_start if script is run_mlm else run.sparse_head)

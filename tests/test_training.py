@@ -1,5 +1,6 @@
 """Training and evaluation from end to end; options of the Trainer that leave the losses as they are."""
 
+import json
 import multiprocessing
 import os
 import re
@@ -198,6 +199,15 @@ def test_gradient_checkpointing(train, model_type, reentrant):
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": f'{{"use_reentrant": {reentrant}}}'}
     checkpointed, counts = train("checkpointed", model_type, **options)
     plain, plain_counts = train("plain", model_type)
+    assert counts == plain_counts
+    assert_same(checkpointed, plain, rel=1e-4)
+
+
+def test_gradient_checkpointing_by_the_configuration(train, tmp_path):
+    folder = Path(make_model(tmp_path / "configuration"))
+    (folder / "config.json").write_text(json.dumps(read_json(folder, "config.json") | {"gradient_checkpointing": True}))
+    checkpointed, counts = train("checkpointed", config_name=folder)
+    plain, plain_counts = train("plain")
     assert counts == plain_counts
     assert_same(checkpointed, plain, rel=1e-4)
 
