@@ -326,6 +326,10 @@ class Interruption:
         return [handles and not finished[0] for handles in handled]
 
 
+# Seconds after which a launcher kills what a signal has not ended: processes of PyTorch that meet ignore Ctrl-C.
+LAUNCHER_PATIENCE = 30
+
+
 def interrupted(case, signals):
     """Stop or kill a run at random moments; the last start is left alone. It must end as a run that never stopped."""
     way = case.rng.choice([*[None] * 12, *several(case.script, case.settings)])
@@ -339,10 +343,13 @@ def interrupted(case, signals):
         case.commands[-1] += f"  # {moment}"
         trained = len(processes[0].trained())
         handled = interruption.send(processes, last_file=output / "README.md")
+        meeting = len(processes) > 1 and not any(handled)
         for process in processes:
-            process.wait(TIMEOUT)
+            process.wait(LAUNCHER_PATIENCE if meeting else TIMEOUT)
             process.end()
         for process, handles in zip(processes, handled):
+            if meeting and process.status == -signal.SIGKILL:
+                continue
             said = "Stopped by" if process is processes[0] else "stopping after this step"  # Only the first one logs.
             check_status(process, interruption.number, handles, said)
         check_saved(processes[0], output, case.read_ahead())

@@ -209,7 +209,7 @@ def test_a_tilde_is_the_users_folder_in_every_path(script, write_config, tmp_pat
     arguments = [write_config(given)] if in_a_file else []
     for name, value in () if in_a_file else given.items():
         arguments += [f"--{name}", *(value if isinstance(value, list) else [value])]
-    settings = parse_checked(script, [*arguments, "--line_by_line", "true"])
+    settings = parse_checked(script, [*arguments, "--line_by_line", "true", "--do_train"])
     assert {name: settings[name] for name in expected} == expected
     settings = parse_checked(script, flags(model_name_or_path="m", dataset_name="~/set", output_dir="~"))
     assert (settings["dataset_name"], settings["output_dir"]) == (str(tmp_path / "set"), str(tmp_path))
