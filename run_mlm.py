@@ -693,20 +693,19 @@ def load_files(split, names, model_args, data_args, separator=None):
     if not {file_format(path)[0] for path in paths} <= set(FILE_FORMATS):
         raise UserError(f"{subject}: the formats are {', '.join(FILE_FORMATS)}")
     settings = {"column": data_args.text_column_name, "separator": separator, "token": model_args.token}
-    columns = {}
+    column, full = None, []
     for path in paths:
-        if first := next(read_texts(path, **settings), None):
-            columns[path], _ = first
-        else:
+        first = next(read_texts(path, **settings), None)
+        if first is None:
             logger.warning(f"{path} is empty.")
-    full = list(columns)
+            continue
+        full.append(path)
+        column = column or first[0]
+        if first[0] != column:
+            cause = f"the text column of {full[0]} is {column}, that of {path} is {first[0]}"
+            raise UserError(f"{subject}: {cause}; see --text_column_name")
     if not full:
         raise UserError(f"{subject}: no text")
-    column = columns[full[0]]
-    for path in full:
-        if columns[path] != column:
-            cause = f"the text column of {full[0]} is {column}, that of {path} is {columns[path]}"
-            raise UserError(f"{subject}: {cause}; see --text_column_name")
     logger.info(f"{subject}: {file_format(full[0])[0]}, text column: {column}")
     read = functools.partial(read_tables, **settings)
     if data_args.streaming:
