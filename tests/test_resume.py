@@ -159,9 +159,10 @@ def test_a_run_killed_in_its_first_checkpoint_starts_again(script, model_folder,
     checkpoint = tmp_path / "output" / "checkpoint-3"
     checkpoint.mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(b"")
-    script.main(training_flags(model_folder, text_files, tmp_path / "output", max_steps=1))
+    script.main(training_flags(model_folder, text_files, tmp_path / "output", max_steps=3))
     assert f"{checkpoint} is ignored" in caplog.text
-    assert not checkpoint.exists()
+    assert weights(checkpoint) == weights(finished_run(script) / "checkpoint-3")
+    assert script.list_checkpoints(str(tmp_path / "output")) == [(3, str(checkpoint))]
 
 
 def test_finished_run_is_not_trained_further(script, model_folder, text_files, tmp_path, capsys, caplog):
