@@ -6,6 +6,7 @@ import faulthandler
 import glob
 import importlib
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -18,6 +19,7 @@ from typing import ClassVar
 
 from conftest import read_json
 from safetensors.numpy import load_file
+from tqdm import tqdm
 
 TIMEOUT = 180  # Seconds after which a run counts as one that never ends.
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -64,6 +66,7 @@ class Process:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             faulthandler.enable(sys.__stderr__)
             os.environ.update(environment)
+            tqdm.set_lock(multiprocessing.RLock())  # A run that is killed would keep that of all children.
             note_samples(script, self.samples)
             vars(script).update(SHORT_CALLS)
             script.main(arguments)
