@@ -521,7 +521,7 @@ def check_args(model, data, training):
         (training.do_train or not training.push_to_hub, "--push_to_hub needs --do_train"),
         (
             training.do_train or not training.resume_from_checkpoint,
-            "--resume_from_checkpoint needs --do_train; a checkpoint to evaluate is --model_name_or_path",
+            "--resume_from_checkpoint needs --do_train; give a checkpoint to evaluate as --model_name_or_path",
         ),
         (
             not (resumes and training.overwrite_output_dir),
@@ -821,7 +821,7 @@ def read_texts(path, column, separator=None, token=None):
             for number, row in rows:
                 name = choose_text_column(row, column) if name is None else name
                 if not column and name != "text" and "text" in row:
-                    raise InputError(f"line {number}: a column text, which the first line lacks (null, if empty)")
+                    raise InputError(f"line {number}: the first line has no column text, but this one has")
                 text = "" if row.get(name) is None else row[name]
                 if not isinstance(text, str):
                     raise InputError(f"line {number}: the column {name} holds {text!s:.40}, not text")
@@ -1058,7 +1058,7 @@ def find_word_starts(tokenizer):
 
 
 def find_word(tokenizer):
-    """Return a text that has tokens of its own: "a", or else what the vocabulary has (some drop unknown letters)."""
+    """Return a word that has tokens: "a", or else one of the vocabulary, as some tokenizers drop unknown letters."""
     special = {*tokenizer.all_special_ids}
 
     def has_tokens(text):

@@ -66,7 +66,7 @@ class Process:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
             faulthandler.enable(sys.__stderr__)
             os.environ.update(environment)
-            tqdm.set_lock(multiprocessing.RLock())  # A run that is killed would keep that of all children.
+            tqdm.set_lock(multiprocessing.RLock())  # A killed run would leave a common one locked.
             note_samples(script, self.samples)
             vars(script).update(SHORT_CALLS)
             script.main(arguments)

@@ -326,7 +326,7 @@ class Interruption:
         return [handles and not finished[0] for handles in handled]
 
 
-# Seconds after which a launcher kills what a signal has not ended: processes of PyTorch that meet ignore Ctrl-C.
+# Seconds after which a launcher kills what Ctrl-C has not ended: PyTorch ignores it while processes meet.
 LAUNCHER_PATIENCE = 30
 
 
@@ -343,7 +343,8 @@ def interrupted(case, signals):
         case.commands[-1] += f"  # {moment}"
         trained = len(processes[0].trained())
         handled = interruption.send(processes, last_file=output / "README.md")
-        meeting = len(processes) > 1 and not any(handled)
+        meeting = interruption.number == signal.SIGINT and len(processes) > 1 and not any(handled)
+        meeting &= not any(process.size() for process in processes) and not (output / "README.md").exists()
         for process in processes:
             process.wait(LAUNCHER_PATIENCE if meeting else TIMEOUT)
             process.end()
@@ -518,7 +519,7 @@ def change_flags(case):
     if case.settings.get("lr_scheduler_type") == "reduce_lr_on_plateau":  # The rate depends on the evaluations.
         case.settings["lr_scheduler_type"] = "linear"
         case.settings.pop("lr_scheduler_kwargs", None)
-    streamed = {"do_eval": "true"} if "streaming" in case.settings else {}  # It may hold out samples of the stream.
+    streamed = {"do_eval": "true"} if "streaming" in case.settings else {}  # Else other samples may be held out.
     case.settings |= streamed
     case.run("whole")
     if not copy_checkpoint(case):

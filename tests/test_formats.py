@@ -156,7 +156,7 @@ def test_the_text_column_is_the_same_in_all_lines_and_files(script, tmp_path, st
             script.UserError, match=rf"text column of {one} is .*, that of {other} is .*text_column_name"
         ):
             read(script, one, other, **more)
-    with pytest.raises(script.UserError, match=rf"{late}: line 2: a column text, which the first line lacks"):
+    with pytest.raises(script.UserError, match=rf"{late}: line 2: the first line has no column text"):
         read(script, late, **more)
     assert read(script, texts, titles, text_column_name="title", **more) == ["a", "a"]
     late.write_text('{"id": "7", "text": null}\n{"id": "8", "text": "a dog"}\n')
